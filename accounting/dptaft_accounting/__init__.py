@@ -1,0 +1,1 @@
+"""Privacy accounting for convex and general training mechanisms; never imports torch."""

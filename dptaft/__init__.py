@@ -1,0 +1,1 @@
+"""Differentially private fine-tuning of tangent vision transformers."""
