@@ -1,0 +1,99 @@
+"""Per-example clipping: factors, and sums that carry their own sensitivity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Adjacency = Literal["zero-out", "add-remove", "replace-one"]
+
+FLOAT_SLACK = 2.0**-13
+"""Relative allowance for float32 rounding of norms, factors and sums; enlarges the declared sensitivity."""
+
+
+def check_clip_norm(l2_clip_norm: float) -> None:
+    """Raise ValueError unless the clip norm is finite and positive."""
+    if not (math.isfinite(l2_clip_norm) and l2_clip_norm > 0):
+        raise ValueError(f"l2_clip_norm must be finite and positive, got {l2_clip_norm}")
+
+
+def l2_sensitivity(l2_clip_norm: float, adjacency: Adjacency) -> float:
+    """L2 sensitivity of a sum of vectors of norm at most `l2_clip_norm`, float32 allowance included.
+
+    Zeroing, adding or removing one record changes the sum by one vector, replacing one by two.
+
+    Example:
+        >>> 1.0 < l2_sensitivity(1.0, "zero-out") < 1.001 and 2.0 < l2_sensitivity(1.0, "replace-one") < 2.001
+        True
+    """
+    check_clip_norm(l2_clip_norm)
+    if adjacency not in ("zero-out", "add-remove", "replace-one"):
+        raise ValueError(f"unknown adjacency {adjacency!r}; use 'zero-out', 'add-remove' or 'replace-one'")
+    return l2_clip_norm * (2.0 if adjacency == "replace-one" else 1.0) * (1.0 + FLOAT_SLACK)
+
+
+def clip_factors(norms: Tensor, l2_clip_norm: float) -> Tensor:
+    """``min(1, l2_clip_norm / norm)`` per example; exactly 0 where the norm is not finite.
+
+    Args:
+        norms: gradient norms, any shape.
+        l2_clip_norm: clip norm, finite and positive.
+
+    Example:
+        >>> clip_factors(torch.tensor([0.0, 4.0, float("nan"), float("inf")]), 2.0)
+        tensor([1.0000, 0.5000, 0.0000, 0.0000])
+    """
+    check_clip_norm(l2_clip_norm)
+    factors = (l2_clip_norm / norms).clamp(max=1.0)
+    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(norms))
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """Sum over a batch of clipped per-example gradients, with what a noise mechanism must know about it.
+
+    Attributes:
+        value: name -> sum (not mean) over the examples, with a leading members axis where `members` is given.
+        l2_clip_norm: bound on the joint L2 norm of one example's contribution.
+        adjacency: relation for which `sensitivity` holds.
+        sensitivity: L2 sensitivity of `value` (of each member).
+        members: number of weight vectors on the leading axis, None without that axis.
+        num_nonfinite: examples (times members) that contributed zero because their gradient was not finite.
+            A function of private data: for local warnings, never published.
+    """
+
+    value: Mapping[str, Tensor]
+    l2_clip_norm: float
+    adjacency: Adjacency = "zero-out"
+    members: int | None = None
+    num_nonfinite: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        l2_sensitivity(self.l2_clip_norm, self.adjacency)
+
+    @property
+    def sensitivity(self) -> float:
+        """L2 sensitivity of `value` under `adjacency`."""
+        return l2_sensitivity(self.l2_clip_norm, self.adjacency)
+
+    def merged(self, other: ClippedSum) -> ClippedSum:
+        """Sum over the union of two disjoint sets of examples; the sensitivity does not change.
+
+        Raises:
+            ValueError: the two sums were clipped differently or hold different tensors.
+        """
+        mine = (self.l2_clip_norm, self.adjacency, self.members, self.value.keys())
+        if mine != (other.l2_clip_norm, other.adjacency, other.members, other.value.keys()):
+            raise ValueError("only sums with the same clip norm, adjacency, members and names can be merged")
+        return ClippedSum(
+            value={name: tensor + other.value[name] for name, tensor in self.value.items()},
+            l2_clip_norm=self.l2_clip_norm,
+            adjacency=self.adjacency,
+            members=self.members,
+            num_nonfinite=self.num_nonfinite + other.num_nonfinite,
+        )
