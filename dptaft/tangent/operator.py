@@ -1,0 +1,166 @@
+"""Tangent operators: the constant Jacobian of each cached example, applied but never materialised.
+
+The linearised model is ``f(x_i; w0) + J_i theta``. Because J_i does not depend on theta, everything that
+training needs is a function of constants cached once per example (:class:`Features`): forward products J_i theta,
+sums of transposed products, and the Grams J_i J_i^T that give exact per-example gradient norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """Named constants of n examples; the leading axis of every tensor is the example.
+
+    Args:
+        tensors: name -> tensor of shape (n, ...). The container is a view: it never copies at construction.
+
+    Raises:
+        ValueError: no tensors, or tensors that disagree on n.
+
+    >>> f = Features({"u": torch.arange(6.0).reshape(3, 2)})
+    >>> len(f), f.index(slice(1, 3))["u"].tolist()
+    (3, [[2.0, 3.0], [4.0, 5.0]])
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        lengths = {name: (t.shape[0] if t.ndim else None) for name, t in self.tensors.items()}
+        if len(set(lengths.values())) != 1 or None in lengths.values():
+            raise ValueError(
+                f"every feature tensor needs the same leading example axis, got lengths {lengths}; "
+                "pass tensors of the same examples"
+            )
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors occupy."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def index(self, selection: slice | Tensor) -> Features:
+        """The examples of a slice (a view) or of a vector of indices (a copy), in that order."""
+        return Features({name: t[selection] for name, t in self.tensors.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Features:
+        """Move, or round the floating-point tensors; rounded features define another (still linear) model."""
+        moved = {}
+        for name, t in self.tensors.items():
+            moved[name] = t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+        return Features(moved)
+
+    @staticmethod
+    def concat(parts: Sequence[Features]) -> Features:
+        """The examples of all parts in order.
+
+        Raises:
+            ValueError: no parts, or parts with different tensor names.
+        """
+        if not parts:
+            raise ValueError("cannot concatenate zero feature parts; pass at least one")
+        names = set(parts[0].tensors)
+        if any(set(part.tensors) != names for part in parts):
+            raise ValueError("feature parts hold different tensors; build them with the same operator")
+        return Features({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
+
+
+@runtime_checkable
+class TangentOperator(Protocol):
+    """The constant Jacobian J_i (num_classes x P) of each cached example i, never materialised.
+
+    ``theta`` and gradients are dictionaries keyed by the base model's parameter names with the shapes of
+    ``parameter_shapes``, optionally with one leading *members* axis m shared by all of them: one pass over the
+    features then serves m weight vectors and results gain a leading m axis.
+    """
+
+    kind: str
+    num_classes: int
+    parameter_shapes: Mapping[str, torch.Size]
+
+    def extract(self, boundary: Tensor) -> Features:
+        """Per-example constants from the activations that enter the linearised part."""
+        ...
+
+    def offset(self, features: Features) -> Tensor:
+        """The base model's logits f(x_i; w0), shape (n, C)."""
+        ...
+
+    def jvp(self, features: Features, theta: Mapping[str, Tensor]) -> Tensor:
+        """J_i theta, shape (n, C) or (m, n, C)."""
+        ...
+
+    def vjp(self, features: Features, cotangents: Tensor) -> dict[str, Tensor]:
+        """sum_i J_i^T r_i (a sum, not a mean) for cotangents r of shape (n, C) or (m, n, C)."""
+        ...
+
+    def gram(self, features: Features) -> Tensor:
+        """K_i = J_i J_i^T, shape (n, C, C)."""
+        ...
+
+    def gradient_norms(self, features: Features, cotangents: Tensor) -> Tensor:
+        """|J_i^T r_i|_2, exact, shape (n,) or (m, n); no per-example gradient is materialised."""
+        ...
+
+
+def with_members(
+    theta: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], bool]:
+    """Give every tensor of ``theta`` a members axis; also says whether it had one.
+
+    Raises:
+        ValueError: missing or unknown names, a wrong shape, or members axes of different lengths.
+
+    >>> with_members({"b": torch.zeros(3)}, {"b": torch.Size([3])}, torch.float32)[0]["b"].shape
+    torch.Size([1, 3])
+    """
+    if set(theta) != set(shapes):
+        missing, unknown = sorted(set(shapes) - set(theta)), sorted(set(theta) - set(shapes))
+        raise ValueError(
+            f"tangent weights do not match the scope: missing {missing}, unknown {unknown}; "
+            "use exactly the names in parameter_shapes"
+        )
+    leading = {tuple(theta[name].shape[: theta[name].ndim - len(shape)]) for name, shape in shapes.items()}
+    wrong = [
+        name for name, shape in shapes.items() if theta[name].shape[theta[name].ndim - len(shape) :] != shape
+    ]
+    if wrong or len(leading) != 1 or len(next(iter(leading))) > 1:
+        raise ValueError(
+            f"tangent weights {wrong or sorted(theta)} have the wrong shape; give each the shape in "
+            "parameter_shapes, with at most one leading members axis of one length"
+        )
+    batched = len(next(iter(leading))) == 1
+    cast = {name: t.to(dtype) for name, t in theta.items()}
+    return (cast if batched else {name: t[None] for name, t in cast.items()}), batched
+
+
+def members_cotangents(
+    cotangents: Tensor, n: int, num_classes: int, dtype: torch.dtype
+) -> tuple[Tensor, bool]:
+    """Bring cotangents (n, C) or (m, n, C) to (n, m, C); also says whether they had a members axis.
+
+    Raises:
+        ValueError: any other shape.
+    """
+    if cotangents.ndim not in (2, 3) or tuple(cotangents.shape[-2:]) != (n, num_classes):
+        raise ValueError(
+            f"cotangents have shape {tuple(cotangents.shape)}; expected ({n}, {num_classes}) or "
+            f"(members, {n}, {num_classes}), one row per cached example"
+        )
+    batched = cotangents.ndim == 3
+    r = cotangents.to(dtype)
+    return (r.transpose(0, 1) if batched else r[:, None]), batched
