@@ -1,7 +1,8 @@
 """Compiled tangent of the last block of a class-token transformer (scope ``last:1``).
 
-Only the class token of the last block reaches the head, so per image everything but the normalised tokens is a
-handful of vectors. The tangent of one head's attention is a product with the attention-weighted covariance
+Only the class token of the last block reaches the head, so per image everything but the normalised tokens
+is a handful of vectors. The tangent of one head's attention is a product with the attention-weighted
+covariance
 
     Cov_h = sum_j p_hj xh_j xh_j^T - m_h m_h^T,   m_h = sum_j p_hj xh_j,
 
@@ -39,7 +40,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def covariance_product(v: Tensor, tokens: Tensor, attention: Tensor, scale: float) -> Tensor:
-    """Multiply each head's vector: scale * Cov_h v_h, Cov_h the covariance of the tokens under the attention of head h.
+    """Scaled attention-weighted token covariance of each head times a vector: scale * Cov_h v_h.
 
     Args:
         v: (n, m, H, D) vectors.
@@ -96,8 +97,9 @@ class CompiledLastBlock:
     def extract(self, boundary: Tensor) -> Features:
         """Per-example constants of the block input (n, T, D), the class token first.
 
-        A half-precision boundary keeps the normalised tokens in that precision; every other constant is computed
-        from the rounded tokens in float32, so that the result is the exact tangent of the network with those tokens.
+        A half-precision boundary keeps the normalised tokens in that precision; every other constant is
+        computed from the rounded tokens in float32, so that the result is the exact tangent of the network
+        with those tokens.
 
         Raises:
             ValueError: a boundary of the wrong shape, or one that is not finite.

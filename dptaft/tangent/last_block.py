@@ -43,8 +43,8 @@ def project_norm(v: Tensor, normalised: Tensor, inverse: Tensor) -> Tensor:
 class LastBlock:
     """Weights of the last block, the final norm and the head, in the compute precision.
 
-    ``wq`` (A, D), ``wk`` and ``wv`` (H, d, D) with A = H d; ``ls1``, ``ls2`` are None without LayerScale, ``final``
-    is None without a final norm, biases are None where the layer has none.
+    ``wq`` (A, D), ``wk`` and ``wv`` (H, d, D) with A = H d; ``ls1``, ``ls2`` are None without LayerScale,
+    ``final`` is None without a final norm, biases are None where the layer has none.
     """
 
     prefix: str

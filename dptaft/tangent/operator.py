@@ -1,8 +1,8 @@
 """Tangent operators: the constant Jacobian of each cached example, applied but never materialised.
 
 The linearised model is ``f(x_i; w0) + J_i theta``. Because J_i does not depend on theta, everything that
-training needs is a function of constants cached once per example (:class:`Features`): forward products J_i theta,
-sums of transposed products, and the Grams J_i J_i^T that give exact per-example gradient norms.
+training needs is a function of constants cached once per example (:class:`Features`): forward products J_i
+theta, sums of transposed products, and the Grams J_i J_i^T that give exact per-example gradient norms.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class TangentOperator(Protocol):
     """The constant Jacobian J_i (num_classes x P) of each cached example i, never materialised.
 
     ``theta`` and gradients are dictionaries keyed by the base model's parameter names with the shapes of
-    ``parameter_shapes``, optionally with one leading *members* axis m shared by all of them: one pass over the
-    features then serves m weight vectors and results gain a leading m axis.
+    ``parameter_shapes``, optionally with one leading *members* axis m shared by all of them: one pass over
+    the features then serves m weight vectors and results gain a leading m axis.
     """
 
     kind: str

@@ -1,8 +1,8 @@
 """Per-example gradients kept as rank-one factors, and the three contractions that training needs.
 
-In the compiled tangent path the gradient of one example with respect to a weight matrix is an outer product (per
-head for the attention projections), so its squared norm is a product of two squared vector norms and a weighted sum
-over examples is one matrix product.
+In the compiled tangent path the gradient of one example with respect to a weight matrix is an outer product
+(per head for the attention projections), so its squared norm is a product of two squared vector norms and a
+weighted sum over examples is one matrix product.
 """
 
 from __future__ import annotations
