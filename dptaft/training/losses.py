@@ -118,7 +118,7 @@ class RescaledSquareLoss(Loss):
 class HuberSquareLoss(RescaledSquareLoss):
     """Rescaled square loss, linear once the weighted residual e is longer than `residual_norm` = G.
 
-    ``(1/C) h(|e|)`` with ``h(t) = t^2`` for t <= G and ``2 G t - G^2`` beyond (a multivariate Huber function);
+    ``(1/C) h(|e|)`` with ``h(t) = t^2`` for t <= G and ``2 G t - G^2`` beyond (multivariate Huber);
     convex. The cotangent is ``(2/C) sqrt(weight) * e * min(1, G/|e|)``, of norm at most
     ``(2/C) sqrt(max(alpha, 1)) G``; the Hessian's largest eigenvalue is at most ``2 max(alpha, 1)/C``.
 

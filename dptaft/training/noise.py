@@ -125,7 +125,7 @@ class _Stream:
         self._ready = torch.cat([self._ready, self._draw_units(count)])
 
     def prefetch(self, count: int) -> None:
-        """Draw `count` normals in a background thread, for the next calls of `normal` or `gaussian_mechanism`.
+        """Draw `count` normals in a background thread, for the next call of `normal` or `gaussian_mechanism`.
 
         Every other draw from this source waits for it: give a sampler a source of its own.
         """
@@ -289,6 +289,12 @@ def _release(value: Tensor, spacing: float, source: _Stream) -> Tensor:
     step = _CHUNK if value.device.type == "cpu" else max(value.numel(), 1)
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
-        cells = flat[part].double().mul_(1.0 / spacing).clamp_(-_LARGEST_CELL, _LARGEST_CELL).round_()
+        cells = (
+            flat[part]
+            .to(torch.float64, copy=True)
+            .mul_(1.0 / spacing)
+            .clamp_(-_LARGEST_CELL, _LARGEST_CELL)
+            .round_()
+        )
         out[part] = cells.add_(units[part].to(cells.device)).mul_(spacing)
     return out.reshape(value.shape)

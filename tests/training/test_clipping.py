@@ -1,0 +1,63 @@
+"""Clip factors and sums that carry their sensitivity."""
+
+import math
+
+import pytest
+import torch
+
+from dptaft.training.clipping import FLOAT_SLACK, ClippedSum, clip_factors, l2_sensitivity
+
+
+def test_clipped_vectors_are_at_most_the_clip_norm_and_short_ones_untouched():
+    g = torch.randn(1000, 17, dtype=torch.float64) * torch.logspace(-3, 3, 1000, dtype=torch.float64)[:, None]
+    factors = clip_factors(g.norm(dim=1), 0.7)
+    assert (factors[:, None] * g).norm(dim=1).max() <= 0.7 * (1 + 1e-12)
+    assert (factors[g.norm(dim=1) <= 0.7] == 1).all()
+    assert (factors[g.norm(dim=1) > 0.7] < 1).all()
+
+
+def test_float32_rounding_stays_within_the_declared_sensitivity():
+    g = torch.randn(2000, 1003) * 10
+    exact = (clip_factors(g.norm(dim=1), 1.0)[:, None] * g).double().norm(dim=1)
+    assert exact.max() <= l2_sensitivity(1.0, "zero-out")
+    assert exact.max() > 1.0 - FLOAT_SLACK
+
+
+def test_nonfinite_norms_contribute_exactly_zero():
+    factors = clip_factors(torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1e-30]), 1.0)
+    assert factors.tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
+
+
+def test_sensitivity_follows_the_adjacency():
+    one = l2_sensitivity(2.0, "zero-out")
+    assert one == l2_sensitivity(2.0, "add-remove")
+    assert l2_sensitivity(2.0, "replace-one") == 2 * one
+    assert one >= 2.0
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan, math.inf])
+def test_bad_clip_norms(norm):
+    with pytest.raises(ValueError, match="l2_clip_norm must be finite and positive"):
+        clip_factors(torch.ones(1), norm)
+    with pytest.raises(ValueError, match="l2_clip_norm"):
+        ClippedSum({}, norm)
+
+
+def test_unknown_adjacency():
+    with pytest.raises(ValueError, match="unknown adjacency 'add'"):
+        l2_sensitivity(1.0, "add")
+
+
+def test_merging_adds_values_and_keeps_the_sensitivity():
+    a = ClippedSum({"w": torch.ones(2)}, 1.0, num_nonfinite=1)
+    b = ClippedSum({"w": torch.full((2,), 3.0)}, 1.0, num_nonfinite=2)
+    both = a.merged(b)
+    assert both.value["w"].tolist() == [4.0, 4.0]
+    assert both.sensitivity == a.sensitivity
+    assert both.num_nonfinite == 3
+    with pytest.raises(ValueError, match="same clip norm"):
+        a.merged(ClippedSum({"w": torch.ones(2)}, 2.0))
+
+
+def test_private_count_is_not_shown():
+    assert "37" not in repr(ClippedSum({}, 1.0, num_nonfinite=37))
