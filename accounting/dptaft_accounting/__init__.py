@@ -1,1 +1,87 @@
-"""Privacy accounting for convex and general training mechanisms; never imports torch."""
+"""Privacy accounting for convex and general training mechanisms; never imports torch.
+
+Names are loaded on first use, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dptaft_accounting.bounds import Bound, BoundReport, best_bound
+    from dptaft_accounting.calibration import Target, calibrate_noise_multiplier
+    from dptaft_accounting.convexity import ConvexityCertificate
+    from dptaft_accounting.errors import AccountingError
+    from dptaft_accounting.mechanisms import (
+        CyclicGaussian,
+        FullBatchGaussian,
+        Mechanism,
+        ObjectivePerturbation,
+        OutputPerturbation,
+        ParallelComposition,
+        PoissonGaussian,
+        RepeatAndSelect,
+        SequenceComposition,
+        mechanism_from_dict,
+    )
+    from dptaft_accounting.statement import PrivacyStatement
+    from dptaft_accounting.tradeoff import GaussianProfile, epsilon_to_mu, mu_to_delta, mu_to_epsilon
+
+_HOMES = {
+    "bounds": ("Bound", "BoundReport", "best_bound"),
+    "calibration": ("Target", "calibrate_noise_multiplier"),
+    "convexity": ("ConvexityCertificate",),
+    "errors": ("AccountingError",),
+    "mechanisms": (
+        "CyclicGaussian",
+        "FullBatchGaussian",
+        "Mechanism",
+        "ObjectivePerturbation",
+        "OutputPerturbation",
+        "ParallelComposition",
+        "PoissonGaussian",
+        "RepeatAndSelect",
+        "SequenceComposition",
+        "mechanism_from_dict",
+    ),
+    "statement": ("PrivacyStatement",),
+    "tradeoff": ("GaussianProfile", "epsilon_to_mu", "mu_to_delta", "mu_to_epsilon"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})
+
+
+__all__ = [
+    "AccountingError",
+    "Bound",
+    "BoundReport",
+    "ConvexityCertificate",
+    "CyclicGaussian",
+    "FullBatchGaussian",
+    "GaussianProfile",
+    "Mechanism",
+    "ObjectivePerturbation",
+    "OutputPerturbation",
+    "ParallelComposition",
+    "PoissonGaussian",
+    "PrivacyStatement",
+    "RepeatAndSelect",
+    "SequenceComposition",
+    "Target",
+    "best_bound",
+    "calibrate_noise_multiplier",
+    "epsilon_to_mu",
+    "mechanism_from_dict",
+    "mu_to_delta",
+    "mu_to_epsilon",
+]

@@ -1,0 +1,1 @@
+"""How to bound a mechanism: composition, Renyi, last iterate, selection."""
