@@ -25,7 +25,7 @@ from dptaft.tangent.last_block import (
     project_norm,
     read_last_block,
 )
-from dptaft.tangent.operator import Features, members_cotangents, with_members
+from dptaft.tangent.operator import Features, mark_finite, members_cotangents, with_members
 from dptaft.tangent.rank_one import (
     Direct,
     Factor,
@@ -102,7 +102,7 @@ class CompiledLastBlock:
         with those tokens.
 
         Raises:
-            ValueError: a boundary of the wrong shape, or one that is not finite.
+            ValueError: a boundary of the wrong shape.
         """
         w = self._w
         if boundary.ndim != 3 or boundary.shape[2] != w.wq.shape[1]:
@@ -116,11 +116,7 @@ class CompiledLastBlock:
         a1 = F.linear(f["o"], w.wp, w.bp)
         x1 = x[:, 0] + (a1 if w.ls1 is None else w.ls1 * a1)
         f |= self._tail_constants(x1) | ({} if w.ls1 is None else {"a1": a1})
-        if not torch.isfinite(f["logits"]).all():
-            raise ValueError(
-                "the base model's logits are not finite; check the images or use float32 features"
-            )
-        return Features(f)
+        return mark_finite(f)
 
     def _attention_constants(self, tokens: Tensor) -> dict[str, Tensor]:
         w, xh = self._w, tokens.to(self.dtype)
@@ -148,7 +144,8 @@ class CompiledLastBlock:
 
     def _constants(self, features: Features) -> dict[str, Tensor]:
         """Everything but the tokens in the compute precision."""
-        return {k: t if k == "tokens" else t.to(self.dtype) for k, t in features.tensors.items()}
+        kept = ("tokens", "finite")
+        return {k: t if k in kept else t.to(self.dtype) for k, t in features.tensors.items()}
 
     def offset(self, features: Features) -> Tensor:
         """f(x_i; w0), shape (n, C)."""
@@ -161,7 +158,7 @@ class CompiledLastBlock:
         """J_i theta, shape (n, C), or (m, n, C) for theta with a members axis."""
         t, batched = with_members(theta, self.parameter_shapes, self.dtype)
         f = self._constants(features)
-        out = self._tail_jvp(f, t, self._attention_jvp(f, t))
+        out = self._tail_jvp(f, t, self._attention_jvp(f, t)) * f["finite"][:, None, None]
         return out.transpose(0, 1) if batched else out[:, 0]
 
     def _linear_jvp(self, t: Mapping[str, Tensor], name: str, inputs: Tensor) -> Tensor:
@@ -212,7 +209,7 @@ class CompiledLastBlock:
     @torch.no_grad()
     def vjp(self, features: Features, cotangents: Tensor) -> dict[str, Tensor]:
         """sum_i J_i^T r_i per parameter (a sum), with a members axis if the cotangents have one."""
-        r, batched = members_cotangents(cotangents, len(features), self.num_classes, self.dtype)
+        r, batched = members_cotangents(cotangents, features["finite"], self.num_classes, self.dtype)
         totals = total_gradients(self._factors(self._constants(features), r))
         return {k: totals[k] if batched else totals[k][0] for k in self.parameter_shapes}
 
@@ -220,13 +217,13 @@ class CompiledLastBlock:
     def gram(self, features: Features) -> Tensor:
         """K_i = J_i J_i^T, shape (n, C, C), from rank-one factors."""
         eye = torch.eye(self.num_classes, dtype=self.dtype, device=features["logits"].device)
-        r = eye.expand(len(features), -1, -1)
+        r = eye * features["finite"][:, None, None]
         return gradient_grams(self._factors(self._constants(features), r))
 
     @torch.no_grad()
     def gradient_norms(self, features: Features, cotangents: Tensor) -> Tensor:
         """|J_i^T r_i|_2, shape (n,) or (m, n), from one backward pass to the layer outputs."""
-        r, batched = members_cotangents(cotangents, len(features), self.num_classes, self.dtype)
+        r, batched = members_cotangents(cotangents, features["finite"], self.num_classes, self.dtype)
         norms = squared_gradient_norms(self._factors(self._constants(features), r)).sqrt()
         return norms.T if batched else norms[:, 0]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dptaft.tangent.operator import Features, members_cotangents, with_members
+from dptaft.tangent.operator import Features, mark_finite, members_cotangents, with_members
 
 
 class HeadOperator:
@@ -43,19 +43,18 @@ class HeadOperator:
         """The pooled features (n, D) themselves.
 
         Raises:
-            ValueError: a wrong shape, or values that are not finite.
+            ValueError: a wrong shape.
         """
         if boundary.ndim != 2 or boundary.shape[1] != self._weight.shape[1]:
             raise ValueError(
                 f"the boundary has shape {tuple(boundary.shape)}; expected (n, {self._weight.shape[1]})"
             )
-        if not torch.isfinite(boundary).all():
-            raise ValueError("the pooled features are not finite; check the images or use float32 features")
-        return Features({"u": boundary.detach()})
+        return mark_finite({"u": boundary.detach()})
 
     def offset(self, features: Features) -> Tensor:
         """f(x_i; w0), shape (n, C)."""
-        return F.linear(features["u"].to(self.dtype), self._weight, self._bias)
+        out = F.linear(features["u"].to(self.dtype), self._weight, self._bias)
+        return out * features["finite"][:, None]
 
     def jvp(self, features: Features, theta: Mapping[str, Tensor]) -> Tensor:
         """J_i theta, shape (n, C), or (m, n, C) for theta with a members axis."""
@@ -63,11 +62,12 @@ class HeadOperator:
         out = features["u"].to(self.dtype) @ t[f"{self._name}.weight"].transpose(1, 2)
         if self._bias is not None:
             out = out + t[f"{self._name}.bias"][:, None]
+        out = out * features["finite"][:, None]
         return out if batched else out[0]
 
     def vjp(self, features: Features, cotangents: Tensor) -> dict[str, Tensor]:
         """sum_i J_i^T r_i per parameter (a sum), with a members axis if the cotangents have one."""
-        r, batched = members_cotangents(cotangents, len(features), self.num_classes, self.dtype)
+        r, batched = members_cotangents(cotangents, features["finite"], self.num_classes, self.dtype)
         gradients = {f"{self._name}.weight": r.permute(1, 2, 0) @ features["u"].to(self.dtype)}
         if self._bias is not None:
             gradients[f"{self._name}.bias"] = r.sum(0)
@@ -80,10 +80,10 @@ class HeadOperator:
 
     def gradient_norms(self, features: Features, cotangents: Tensor) -> Tensor:
         """|J_i^T r_i|_2 = |r_i| sqrt(|u_i|^2 + 1), shape (n,) or (m, n)."""
-        members_cotangents(cotangents, len(features), self.num_classes, self.dtype)
-        lengths = torch.linalg.vector_norm(cotangents.to(self.dtype), dim=-1)
-        return lengths * self._squared_lengths(features).sqrt()
+        r, batched = members_cotangents(cotangents, features["finite"], self.num_classes, self.dtype)
+        norms = (r.norm(dim=2) * self._squared_lengths(features).sqrt()[:, None]).T
+        return norms if batched else norms[0]
 
     def _squared_lengths(self, features: Features) -> Tensor:
         squared = features["u"].to(self.dtype).square().sum(-1)
-        return squared if self._bias is None else squared + 1
+        return squared if self._bias is None else squared + features["finite"]

@@ -79,13 +79,31 @@ class Features:
         return Features({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
 
 
+def mark_finite(tensors: Mapping[str, Tensor]) -> Features:
+    """Features with a boolean tensor ``finite``; the constants of an example that is not finite become zero.
+
+    Operators give such an example a zero Jacobian and a zero offset, so that it contributes nothing to any
+    sum, whatever its cotangent: one broken record can neither stop a private run nor enter it.
+
+    >>> f = mark_finite({"u": torch.tensor([[1.0, 2.0], [float("nan"), 3.0]])})
+    >>> f["finite"].tolist(), f["u"].tolist()
+    ([True, False], [[1.0, 2.0], [0.0, 0.0]])
+    """
+    checks = [torch.isfinite(t.flatten(1)).all(1) for t in tensors.values() if t.is_floating_point()]
+    finite = torch.stack(checks).all(0)
+    if not finite.all():
+        tensors = {k: torch.where(finite.view(-1, *[1] * (t.ndim - 1)), t, 0) for k, t in tensors.items()}
+    return Features(dict(tensors) | {"finite": finite})
+
+
 @runtime_checkable
 class TangentOperator(Protocol):
     """The constant Jacobian J_i (num_classes x P) of each cached example i, never materialised.
 
     ``theta`` and gradients are dictionaries keyed by the base model's parameter names with the shapes of
     ``parameter_shapes``, optionally with one leading *members* axis m shared by all of them: one pass over
-    the features then serves m weight vectors and results gain a leading m axis.
+    the features then serves m weight vectors and results gain a leading m axis. Examples that were not finite
+    at extraction (``features["finite"]`` is False) have a zero Jacobian and a zero offset.
     """
 
     kind: str
@@ -149,18 +167,21 @@ def with_members(
 
 
 def members_cotangents(
-    cotangents: Tensor, n: int, num_classes: int, dtype: torch.dtype
+    cotangents: Tensor, finite: Tensor, num_classes: int, dtype: torch.dtype
 ) -> tuple[Tensor, bool]:
     """Bring cotangents (n, C) or (m, n, C) to (n, m, C); also says whether they had a members axis.
+
+    Cotangents of examples that are not ``finite`` (n,) become zero.
 
     Raises:
         ValueError: any other shape.
     """
+    n = len(finite)
     if cotangents.ndim not in (2, 3) or tuple(cotangents.shape[-2:]) != (n, num_classes):
         raise ValueError(
             f"cotangents have shape {tuple(cotangents.shape)}; expected ({n}, {num_classes}) or "
             f"(members, {n}, {num_classes}), one row per cached example"
         )
     batched = cotangents.ndim == 3
-    r = cotangents.to(dtype)
+    r = torch.where(finite[:, None], cotangents.to(dtype), 0)
     return (r.transpose(0, 1) if batched else r[:, None]), batched
