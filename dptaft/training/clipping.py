@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,6 +81,17 @@ class ClippedSum:
         """L2 sensitivity of `value` under `adjacency`."""
         return l2_sensitivity(self.l2_clip_norm, self.adjacency)
 
+    def member(self, index: int) -> ClippedSum:
+        """The sum that belongs to one weight vector of the members axis.
+
+        Raises:
+            ValueError: there is no members axis.
+        """
+        if self.members is None:
+            raise ValueError("this clipped sum has no members axis")
+        value = {name: tensor[index] for name, tensor in self.value.items()}
+        return ClippedSum(value, self.l2_clip_norm, self.adjacency)
+
     def merged(self, other: ClippedSum) -> ClippedSum:
         """Sum over the union of two disjoint sets of examples; the sensitivity does not change.
 
@@ -97,3 +108,50 @@ class ClippedSum:
             members=self.members,
             num_nonfinite=self.num_nonfinite + other.num_nonfinite,
         )
+
+
+class PhysicalBatches:
+    """Works through a batch in pieces that fit in memory; the pieces never change what is computed.
+
+    After an out-of-memory error the piece size is halved, and the failed piece is done again.
+
+    Args:
+        size: largest number of examples in memory at once.
+
+    Example:
+        >>> PhysicalBatches(2).run(5, lambda start, stop: print(start, stop))
+        0 2
+        2 4
+        4 5
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"physical_batch_size must be at least 1, got {size}")
+        self.size = size
+
+    def run(self, count: int, piece: Callable[[int, int], None]) -> None:
+        """Call ``piece(start, stop)`` over 0..count; `piece` changes nothing until it cannot fail any more.
+
+        Raises:
+            RuntimeError: a single example does not fit in memory.
+        """
+        start = 0
+        while start < count:
+            stop = min(count, start + self.size)
+            try:
+                piece(start, stop)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error) or stop - start == 1:
+                    raise
+                self.size = (stop - start) // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            start = stop
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

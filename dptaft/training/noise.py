@@ -248,16 +248,14 @@ def gaussian_mechanism(
     sensitivity: float,
     noise_multiplier: float,
     source: _Stream,
-    members: bool = False,
 ) -> dict[str, Tensor]:
     """Release sums with Gaussian noise on a public grid (see the module text).
 
     Args:
         values: name -> sum of clipped gradients; one vector together, of joint L2 sensitivity `sensitivity`.
-        sensitivity: L2 sensitivity of the joint vector (of each member, where there are members).
+        sensitivity: L2 sensitivity of the joint vector.
         noise_multiplier: standard deviation divided by the sensitivity; 0 returns copies (no privacy).
         source: where the noise comes from.
-        members: the first axis of every tensor counts independent mechanisms; each gets its own noise.
 
     Returns:
         Noised tensors of the same shapes, dtypes and devices.
@@ -266,11 +264,10 @@ def gaussian_mechanism(
         ValueError: a value is not finite (a non-finite example must have been left out before).
 
     Formal guarantees:
-        One call is (1/noise_multiplier)-GDP (Dong, Roth, Su 2022, Theorem 1) per member with respect to the
-        adjacency for which `sensitivity` holds, up to the limits of the generator stated in the module text.
+        One call is (1/noise_multiplier)-GDP (Dong, Roth, Su 2022, Theorem 1) with respect to the
+        adjacency for which `sensitivity` holds, up to the limits stated in the module text.
     """
-    count = len(next(iter(values.values()))) if members and values else 1
-    dimension = sum(v.numel() for v in values.values()) // max(count, 1)
+    dimension = sum(v.numel() for v in values.values())
     std = noise_std(sensitivity=sensitivity, noise_multiplier=noise_multiplier, dimension=dimension)
     for name, value in values.items():
         if not bool(torch.isfinite(value).all()):

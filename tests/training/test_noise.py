@@ -85,27 +85,15 @@ def test_two_percent_too_little_noise_is_rejected(monkeypatch):
     assert z_scores(release())["variance"] > LIMIT
 
 
-def test_draws_of_members_tensors_and_sources_are_independent():
+def test_draws_of_tensors_calls_and_sources_are_independent():
+    value = {"a": torch.zeros(100_000), "b": torch.zeros(10, 10_000)}
     source = NoiseSource()
-    value = {"a": torch.zeros(2, 100_000), "b": torch.zeros(2, 1, 100_000)}
-    out = gaussian_mechanism(value, sensitivity=1.0, noise_multiplier=1.0, source=source, members=True)
-    again = gaussian_mechanism(
-        value, sensitivity=1.0, noise_multiplier=1.0, source=NoiseSource(), members=True
-    )
-    rows = torch.cat([v.reshape(2, -1) for v in (*out.values(), *again.values())])
-    correlation = torch.corrcoef(rows) - torch.eye(8)
+    rows = []
+    for given in (source, source, NoiseSource()):
+        out = gaussian_mechanism(value, sensitivity=1.0, noise_multiplier=1.0, source=given)
+        rows += [noised.flatten() for noised in out.values()]
+    correlation = torch.corrcoef(torch.stack(rows)) - torch.eye(6)
     assert correlation.abs().max() < LIMIT / math.sqrt(100_000)
-
-
-def test_members_count_as_separate_mechanisms():
-    # the allowance for rounding depends on the dimension of one member, not of all together
-    monster = {"w": torch.zeros(4, 3)}
-    seen = gaussian_mechanism(
-        monster, sensitivity=1.0, noise_multiplier=1.0, source=InsecureSeededNoise(1), members=True
-    )
-    std = noise_std(sensitivity=1.0, noise_multiplier=1.0, dimension=3)
-    expected = InsecureSeededNoise(1).normal((4, 3), std)
-    assert torch.allclose(seen["w"], expected, rtol=1e-6)
 
 
 def test_release_lies_on_the_public_grid():

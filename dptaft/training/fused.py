@@ -1,0 +1,212 @@
+"""Clipped sums of a tangent model, exact and without per-example gradients.
+
+The Jacobian J_i of an example is constant, so its gradient is ``g_i = J_i^T r_i`` with r_i the derivative of
+the loss by the logits. The norm comes from constants, the clipped sum from one transposed product:
+
+    |g_i|^2 = r_i^T (J_i J_i^T) r_i,    sum_i c_i g_i = sum_i J_i^T (c_i r_i),    c_i = min(1, clip / |g_i|).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from dptaft.training.clipping import (
+    FLOAT_SLACK,
+    Adjacency,
+    ClippedSum,
+    PhysicalBatches,
+    check_clip_norm,
+    clip_factors,
+    l2_sensitivity,
+)
+
+if TYPE_CHECKING:
+    from dptaft.tangent.operator import Features, TangentOperator
+    from dptaft.training.losses import Loss
+
+GRAM_BYTES = 1 << 30
+"""Grams are kept for the whole data set while they need at most this many bytes."""
+
+
+def check_labels(labels: Tensor, num_examples: int, num_classes: int) -> None:
+    """Raise ValueError unless labels are (num_examples,) int64 in [0, num_classes)."""
+    if labels.shape != (num_examples,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be {num_examples} int64 values, got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if num_examples and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
+        raise ValueError(
+            f"labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}"
+        )
+
+
+def check_unique(indices: Tensor) -> None:
+    """Raise ValueError where an example is named twice (it would count twice in the sum)."""
+    if len(torch.unique(indices)) != len(indices):
+        raise ValueError("a batch names the same example more than once; sample without replacement")
+
+
+class FusedEngine:
+    """Exact per-example clipping for a tangent operator on cached features.
+
+    Args:
+        operator: the constant Jacobians.
+        features: cached constants of all examples.
+        labels: (n,) int64.
+        loss: loss on logits.
+        l2_clip_norm: clip norm of one example's gradient over all parameters jointly.
+        centered: logits are J theta; otherwise the base model's logits are added.
+        adjacency: relation for which the sums state their sensitivity.
+        norms: ``gram`` (constant C x C Grams, computed here once), ``factors`` (one more backward
+            pass per step) or ``auto`` (Grams while they need at most `GRAM_BYTES`).
+        physical_batch_size: examples in memory at once; halved when memory runs out.
+
+    Raises:
+        ValueError: labels that do not fit, an unknown option, or Grams that disagree with the gradients.
+
+    Formal guarantees:
+        The result of `clipped_sum` is a sum of one vector per example in the batch, of L2 norm at most
+        `l2_clip_norm` up to float32 rounding, for which the declared sensitivity has an allowance
+        (`dptaft.training.clipping.FLOAT_SLACK`). Examples whose gradient is not finite contribute zero.
+    """
+
+    def __init__(
+        self,
+        operator: TangentOperator,
+        features: Features,
+        labels: Tensor,
+        *,
+        loss: Loss,
+        l2_clip_norm: float,
+        centered: bool = True,
+        adjacency: Adjacency = "zero-out",
+        norms: Literal["auto", "gram", "factors"] = "auto",
+        physical_batch_size: int = 512,
+    ) -> None:
+        check_clip_norm(l2_clip_norm)
+        l2_sensitivity(l2_clip_norm, adjacency)
+        check_labels(labels, len(features), operator.num_classes)
+        if norms not in ("auto", "gram", "factors"):
+            raise ValueError(f"norms must be 'auto', 'gram' or 'factors', got {norms!r}")
+        self.operator, self.loss = operator, loss
+        self.l2_clip_norm, self.adjacency, self.centered = l2_clip_norm, adjacency, centered
+        self.parameter_shapes = operator.parameter_shapes
+        self.num_examples = len(features)
+        self._features, self._labels = features, labels
+        self._physical = PhysicalBatches(physical_batch_size)
+        gram_bytes = 4 * len(features) * operator.num_classes**2
+        use_grams = norms == "gram" or (norms == "auto" and gram_bytes <= GRAM_BYTES)
+        self._grams = self._compute_grams() if use_grams else None
+        self._check_norms()
+
+    def initial_theta(self, members: int | None = None) -> dict[str, Tensor]:
+        """Zero tangent weights, with a leading axis for `members` weight vectors if given."""
+        lead = () if members is None else (members,)
+        like = self.operator.offset(self._features.index(slice(0, 1)))
+        return {name: like.new_zeros((*lead, *shape)) for name, shape in self.parameter_shapes.items()}
+
+    def clipped_sum(self, theta: Mapping[str, Tensor], indices: Tensor) -> ClippedSum:
+        """Sum over the batch of clipped gradients at `theta`.
+
+        Args:
+            theta: tangent weights, each with an optional leading members axis.
+            indices: (b,) int64 example numbers, each at most once; possibly none.
+
+        Raises:
+            ValueError: an example is named twice.
+        """
+        check_unique(indices)
+        total: dict[str, Tensor] = {}
+        bad = 0
+
+        def piece(start: int, stop: int) -> None:
+            nonlocal bad
+            part, part_bad = self._piece(theta, self._select(indices, start, stop))
+            for name, value in part.items():
+                total[name] = total[name].add_(value) if name in total else value
+            bad += part_bad
+
+        with torch.no_grad():
+            self._physical.run(len(indices), piece)
+            if not total:
+                total = {name: torch.zeros_like(theta[name]) for name in self.parameter_shapes}
+        name, shape = next(iter(self.parameter_shapes.items()))
+        members = len(theta[name]) if theta[name].ndim > len(shape) else None
+        return ClippedSum(total, self.l2_clip_norm, self.adjacency, members, bad)
+
+    def _select(self, indices: Tensor, start: int, stop: int) -> slice | Tensor:
+        """A slice (no copy) where the batch is the whole data set."""
+        return slice(start, stop) if len(indices) == self.num_examples else indices[start:stop]
+
+    def _piece(self, theta: Mapping[str, Tensor], chosen: slice | Tensor) -> tuple[dict[str, Tensor], int]:
+        features = self._features.index(chosen)
+        logits = self.operator.jvp(features, theta)
+        if not self.centered:
+            logits = logits + self.operator.offset(features)
+        cotangents = self.loss.cotangent(logits, self._labels[chosen])
+        norms = self._norms(features, cotangents, chosen)
+        clipped = clip_factors(norms, self.l2_clip_norm).unsqueeze(-1) * cotangents
+        finite = torch.isfinite(norms)
+        bad = int((~finite).sum())
+        if bad:  # 0 * inf is not 0: leave such examples out of the product altogether
+            clipped = torch.where(finite.unsqueeze(-1), clipped, torch.zeros_like(clipped))
+            kept = finite.reshape(-1, len(features)).any(0).nonzero().squeeze(1)
+            features, clipped = features.index(kept), clipped.index_select(-2, kept)
+        return self.operator.vjp(features, clipped), bad
+
+    def _norms(self, features: Features, cotangents: Tensor, chosen: slice | Tensor) -> Tensor:
+        if self._grams is None:
+            return self.operator.gradient_norms(features, cotangents)
+        return gram_norms(self._grams[chosen], cotangents)
+
+    def _compute_grams(self) -> Tensor:
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            self._physical.run(
+                self.num_examples,
+                lambda start, stop: parts.append(
+                    self.operator.gram(self._features.index(slice(start, stop)))
+                ),
+            )
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    @torch.no_grad()
+    def _check_norms(self) -> None:
+        """Compare the norms used for clipping with explicit gradients of the first examples."""
+        generator = torch.Generator().manual_seed(0)
+        for i in range(min(2, self.num_examples)):
+            features = self._features.index(slice(i, i + 1))
+            offset = self.operator.offset(features)
+            r = torch.randn(offset.shape, generator=generator, dtype=offset.dtype).to(offset.device)
+            r = r - r.mean()
+            gradient = self.operator.vjp(features, r)
+            explicit = torch.stack([g.double().square().sum() for g in gradient.values()]).sum().sqrt()
+            used = self._norms(features, r, slice(i, i + 1)).double()
+            if torch.isfinite(explicit) and abs(float(used - explicit)) > FLOAT_SLACK * float(explicit):
+                raise ValueError(
+                    "gradient norms from the cached constants disagree with explicit gradients "
+                    f"({float(used):.7g} against {float(explicit):.7g}); use norms='factors'"
+                )
+
+
+def gram_norms(grams: Tensor, cotangents: Tensor) -> Tensor:
+    """``sqrt(r_i^T K_i r_i)``, summed in float64.
+
+    Args:
+        grams: K, (n, C, C).
+        cotangents: r, (n, C) or (members, n, C).
+
+    Returns:
+        (n,) or (members, n), in the dtype of the cotangents.
+
+    Example:
+        >>> gram_norms(torch.eye(2)[None], torch.tensor([[3.0, 4.0]]))
+        tensor([5.])
+    """
+    r = cotangents.double()
+    squared = (torch.einsum("...nc,ncd->...nd", r, grams.double()) * r).sum(-1)
+    return squared.clamp(min=0.0).sqrt().to(cotangents.dtype)
