@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dptaft.tangent.scope import Scope, first_block
 
-_TOKEN_MODELS = (VisionTransformer, VisionTransformerDistilled)
+TOKEN_MODELS = (VisionTransformer, VisionTransformerDistilled, Beit, Eva)
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,68 @@ def find_cut(model: nn.Module, scope: Scope) -> Cut:
         ValueError: if the scope is deeper than the model, or counts blocks that the model does not have.
     """
     block = first_block(model, scope) if scope.depth is not None else None
-    if type(model) not in _TOKEN_MODELS or scope.kind == "all":
+    if type(model) not in TOKEN_MODELS or scope.kind == "all":
         return Cut("images")
-    if scope.kind == "head":
-        return Cut("features") if type(model) is VisionTransformer else Cut("tokens", len(model.blocks))
-    return Cut("tokens", block)
+    return Cut("features") if scope.kind == "head" else Cut("tokens", block)
+
+
+def rotary_embedding(model: nn.Module) -> list[Tensor | None]:
+    """The rotary embedding of each block at the model's own image size, ``None`` where the model has none."""
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        return [None] * len(model.blocks)
+    fixed = not model.dynamic_img_size and hasattr(rope, "feat_shape")
+    embedding = rope.get_embed() if fixed else rope.get_embed(shape=model.patch_embed.grid_size)
+    if getattr(model, "rope_mixed", False):
+        return list(embedding)
+    return [embedding] * len(model.blocks)
+
+
+def _block_arguments(model: nn.Module) -> list[dict[str, Any]]:
+    """What each block takes beside the tokens."""
+    if type(model) is Eva:
+        return [{"rope": rope} for rope in rotary_embedding(model)]
+    shared = getattr(model, "rel_pos_bias", None)
+    arguments = {} if shared is None else {"shared_rel_pos_bias": shared()}
+    return [arguments] * len(model.blocks)
+
+
+def _embed(model: nn.Module, images: Tensor) -> Tensor:
+    x = model.patch_embed(images)
+    if type(model) is Beit:
+        x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1)
+        return x if model.pos_embed is None else x + model.pos_embed
+    embedded = model._pos_embed(x)
+    return model.norm_pre(embedded[0] if type(model) is Eva else embedded)
+
+
+def _run_blocks(model: nn.Module, x: Tensor, first: int, end: int) -> Tensor:
+    arguments = _block_arguments(model)
+    for index in range(first, end):
+        x = model.blocks[index](x, **arguments[index])
+    return x
 
 
 def below(model: nn.Module, cut: Cut, images: Tensor) -> Tensor:
     """Activations at the cut for a batch of images, through the model's own layers.
 
     Returns:
-        The images themselves, tokens (n, T, D), or pooled features (n, D).
+        The images themselves, tokens (n, T, D), or pooled features (n, D); for a distilled model the features
+        are the class and the distillation token (n, 2, D).
     """
     if cut.kind == "images":
         return images
-    if cut.kind == "features":
-        return model.forward_head(model.forward_features(images), pre_logits=True)
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-    for block in model.blocks[: cut.block]:
-        x = block(x)
-    return x
+    if cut.kind == "tokens":
+        return _run_blocks(model, _embed(model, images), 0, cut.block)
+    x = model.forward_features(images)
+    return x[:, :2] if type(model) is VisionTransformerDistilled else model.forward_head(x, pre_logits=True)
+
+
+def boundary_axes(model: nn.Module, cut: Cut) -> int:
+    """Number of axes of the boundary activations: images 4, tokens 3, pooled features 2 (distilled 3)."""
+    if cut.kind == "images":
+        return 4
+    return 2 if cut.kind == "features" and type(model) is not VisionTransformerDistilled else 3
 
 
 class Above(nn.Module):
@@ -83,9 +126,10 @@ class Above(nn.Module):
         if self.cut.kind == "images":
             return self.model(boundary)
         if self.cut.kind == "features":
-            return self.model.head(boundary)
+            distilled = type(self.model) is VisionTransformerDistilled
+            return self.model.forward_head(boundary) if distilled else self.model.head(boundary)
         if self.fresh_cls_token is not None:
-            boundary = torch.cat([self.fresh_cls_token.expand(len(boundary), -1, -1), boundary[:, 1:]], 1)
-        for block in self.model.blocks[self.cut.block :]:
-            boundary = block(boundary)
-        return self.model.forward_head(self.model.norm(boundary))
+            fresh = self.fresh_cls_token.expand(len(boundary), -1, -1)
+            boundary = torch.cat([fresh, boundary[:, 1:]], 1)
+        tokens = _run_blocks(self.model, boundary, self.cut.block, len(self.model.blocks))
+        return self.model.forward_head(self.model.norm(tokens))

@@ -4,42 +4,66 @@ from __future__ import annotations
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from dptaft.tangent.cut import TOKEN_MODELS, Cut, rotary_embedding
+from dptaft.tangent.dual_attention import DualRelativeBias
 from dptaft.tangent.dual_blocks import DualBlock
 from dptaft.tangent.dual_layers import (
     Dual,
     DualConv2d,
-    DualLinear,
     Pair,
     Tangents,
     UncoveredPartError,
     dual_norm,
     require_type,
 )
+from dptaft.tangent.dual_pool import DualDistilledHead, DualHead, DualReadout
+
+_TOKENS = ("cls_token", "dist_token", "reg_token")
+
+
+def dual_above(model: nn.Module, cut: Cut, tangents: Tangents) -> nn.Module:
+    """The dual of everything above a cut; it maps boundary activations to logits (n, C) and J theta (n, C).
+
+    Raises:
+        UncoveredPartError: naming a part without a dual form.
+    """
+    require_type(model, TOKEN_MODELS, "model")
+    if cut.kind != "features":
+        above = DualTransformer(model, cut.block, tangents)
+    elif type(model) is VisionTransformerDistilled:
+        above = DualDistilledHead(model, tangents)
+    else:
+        above = DualHead(model, tangents)
+    missing = [name for name in tangents.names if name not in tangents.parameters]
+    if missing:
+        raise UncoveredPartError(missing[0])
+    return above
 
 
 class DualEmbedding(Dual):
-    """Patch embedding, class and register tokens, position embedding and the norm before the blocks."""
+    """Patch embedding, class and other prefix tokens, position embedding and the norm before the blocks."""
 
-    def __init__(self, model: VisionTransformer, tangents: Tangents) -> None:
+    def __init__(self, model: nn.Module, tangents: Tangents) -> None:
         super().__init__(model)
         patches = model.patch_embed
         require_type(patches, (PatchEmbed,), "patch_embed")
-        if not patches.flatten or patches.dynamic_img_pad or model.dynamic_img_size:
-            raise UncoveredPartError("patch_embed (dynamic image size)")
+        if patches.dynamic_img_pad:
+            raise UncoveredPartError("patch_embed (padding to whole patches)")
         self.proj = DualConv2d(patches.proj, "patch_embed.proj", tangents)
         self.norm = dual_norm(patches.norm, "patch_embed.norm", tangents)
-        self.norm_pre = dual_norm(model.norm_pre, "norm_pre", tangents)
-        self.cls_token = tangents.constant(model.cls_token, "cls_token")
-        self.reg_token = tangents.constant(model.reg_token, "reg_token")
+        self.norm_pre = dual_norm(getattr(model, "norm_pre", nn.Identity()), "norm_pre", tangents)
+        self.token_names = [name for name in _TOKENS if getattr(model, name, None) is not None]
+        tokens = {name: tangents.constant(getattr(model, name), name) for name in self.token_names}
+        self.tokens = nn.ModuleDict(tokens)
         self.pos_embed = tangents.constant(model.pos_embed, "pos_embed")
 
     def forward(self, images: Tensor) -> Pair:
         """Map images (n, channels, height, width) to tokens (n, T, D) and their tangent."""
         x, dx = self.norm(*(part.flatten(2).transpose(1, 2) for part in self.proj(images)))
-        if self.primal.no_embed_class:
+        if getattr(self.primal, "no_embed_class", False):
             x, dx = self._prepend(*self._positions(x, dx))
         else:
             x, dx = self._positions(*self._prepend(x, dx))
@@ -51,15 +75,13 @@ class DualEmbedding(Dual):
         return x + self.primal.pos_embed, dx + self.pos_embed(x)
 
     def _prepend(self, x: Tensor, dx: Tensor) -> Pair:
-        pairs = [(self.primal.cls_token, self.cls_token), (self.primal.reg_token, self.reg_token)]
-        pairs = [(token, tangent) for token, tangent in pairs if token is not None]
-        tokens = [token.expand(len(x), -1, -1) for token, _ in pairs]
-        moved = [tangent(x) for _, tangent in pairs]
+        tokens = [getattr(self.primal, name).expand(len(x), -1, -1) for name in self.token_names]
+        moved = [self.tokens[name](x) for name in self.token_names]
         return torch.cat([*tokens, x], 1), torch.cat([*moved, dx], 1)
 
 
 class DualTransformer(Dual):
-    """Blocks from ``start`` on, final norm, pooling and head of a ``VisionTransformer``.
+    """Blocks from ``start`` on, final norm, pooling and head of a vision transformer.
 
     Args:
         model: the frozen model.
@@ -72,44 +94,25 @@ class DualTransformer(Dual):
 
     def __init__(self, model: nn.Module, start: int | None, tangents: Tangents) -> None:
         super().__init__(model)
-        require_type(model, (VisionTransformer,), "model")
+        self.start = start or 0
         self.embedding = DualEmbedding(model, tangents) if start is None else None
-        indices = range(start or 0, len(model.blocks))
+        shared = getattr(model, "rel_pos_bias", None)
+        self.bias = None if shared is None else DualRelativeBias(shared, "rel_pos_bias", tangents)
+        indices = range(self.start, len(model.blocks))
         self.blocks = nn.ModuleList(DualBlock(model.blocks[i], f"blocks.{i}", tangents) for i in indices)
-        if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
-            raise UncoveredPartError(f"pooling {model.global_pool!r}")
         self.norm = dual_norm(model.norm, "norm", tangents)
-        self.fc_norm = dual_norm(model.fc_norm, "fc_norm", tangents)
-        self.head = DualLinear(model.head, "head", tangents)
+        distilled = type(model) is VisionTransformerDistilled
+        self.readout = DualDistilledHead(model, tangents) if distilled else DualReadout(model, tangents)
 
     def forward(self, boundary: Tensor) -> Pair:
         """Map boundary activations (or images) to logits (n, C) and J theta (n, C)."""
         return self.tail(boundary, None) if self.embedding is None else self.tail(*self.embedding(boundary))
 
     def tail(self, x: Tensor, dx: Tensor | None) -> Pair:
-        """Map tokens (n, T, D) and their tangent to logits and J theta."""
-        rows = 1 if self.primal.global_pool == "token" else None
+        """Map tokens (n, T, D) that enter the first block, and their tangent, to logits and J theta."""
+        ropes = rotary_embedding(self.primal)[self.start :]
+        bias = None if self.bias is None else self.bias(x)
         last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            x, dx = block(x, dx, rows if index == last else None)
-        x, dx = self.norm(x, dx)
-        return self.head(*self.fc_norm(self._pool(x), None if dx is None else self._pool(dx)))
-
-    def _pool(self, x: Tensor) -> Tensor:
-        model = self.primal
-        if model.global_pool == "token":
-            return x[:, 0]
-        return (x if model.pool_include_prefix else x[:, model.num_prefix_tokens :]).mean(1)
-
-
-class DualHead(Dual):
-    """The classification head alone, on pooled features: J theta = dW u + dc."""
-
-    def __init__(self, model: nn.Module, tangents: Tangents) -> None:
-        super().__init__(model)
-        require_type(model, (VisionTransformer,), "model")
-        self.head = DualLinear(model.head, "head", tangents)
-
-    def forward(self, features: Tensor) -> Pair:
-        """Map pooled features (n, D) to logits (n, C) and J theta (n, C)."""
-        return self.head(features, None)
+        for index, (block, rope) in enumerate(zip(self.blocks, ropes, strict=True)):
+            x, dx = block(x, dx, self.readout.rows if index == last else None, rope, bias)
+        return self.readout(*self.norm(x, dx))

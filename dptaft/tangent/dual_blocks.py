@@ -1,112 +1,30 @@
-"""Dual attention, feed-forward networks and transformer blocks of timm vision transformers."""
+"""Dual feed-forward networks and pre-norm transformer blocks of timm vision transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
-from timm.layers import Attention, DropPath, GluMlp, Mlp, SwiGLU
+from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from dptaft.tangent.dual_attention import DualAttention, Rows, keep
 from dptaft.tangent.dual_layers import (
     Dual,
     DualActivation,
+    DualIdentity,
     DualLinear,
+    DualScale,
     Pair,
     Tangents,
-    UncoveredPartError,
-    add,
+    add_pairs,
     dual_layer_scale,
     dual_norm,
+    product,
     require_type,
 )
-
-Rows = int | None
-
-
-def attend(query: Pair, key: Pair, value: Pair, scale: float, bias: Pair | None = None) -> Pair:
-    """Softmax attention and its tangent.
-
-    S = softmax(s Q K^T + B), G = s (Q' K^T + Q K'^T) + B', out = S V,
-    out' = [S * (G - rowsum(S * G))] V + S V', with * elementwise.
-
-    Args:
-        query: Q and Q', each (n, H, rows, d).
-        key: K and K', each (n, H, T, d).
-        value: V and V', each (n, H, T, d).
-        scale: s.
-        bias: B and B', broadcastable to (n, H, rows, T).
-
-    Returns:
-        out and out', each (n, H, rows, d).
-    """
-    (q, dq), (k, dk), (v, dv) = query, key, value
-    b, db = (None, None) if bias is None else bias
-    q, dq = q * scale, None if dq is None else dq * scale
-    if dq is None and dk is None and dv is None and db is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=b, scale=1.0), None
-    scores = q @ k.mT if b is None else q @ k.mT + b
-    weights = scores.softmax(-1)
-    shift = _score_tangent(q, dq, k, dk)
-    shift = shift if db is None else add(shift, db)
-    moved = None
-    if shift is not None:
-        shift = weights * shift
-        moved = (shift - weights * shift.sum(-1, keepdim=True)) @ v
-    return weights @ v, add(moved, None if dv is None else weights @ dv)
-
-
-def _score_tangent(q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None) -> Tensor | None:
-    if dq is not None and dk is not None:
-        return torch.cat([dq, q], -1) @ torch.cat([k, dk], -1).mT
-    if dq is not None:
-        return dq @ k.mT
-    return None if dk is None else q @ dk.mT
-
-
-def split_heads(projected: Tensor | None, heads: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Split (n, T, 3 H d) into query, key and value, each (n, H, T, d)."""
-    if projected is None:
-        return None, None, None
-    n, tokens, _ = projected.shape
-    query, key, value = projected.reshape(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
-
-
-def merge_heads(attended: Tensor | None) -> Tensor | None:
-    """Join (n, H, rows, d) to (n, rows, H d)."""
-    return None if attended is None else attended.transpose(1, 2).flatten(2)
-
-
-def keep(a: Tensor | None, rows: Rows, axis: int = 1) -> Tensor | None:
-    """The first rows along an axis, or everything where ``rows`` is ``None``."""
-    return a if a is None or rows is None else a.narrow(axis, 0, rows)
-
-
-class DualAttention(Dual):
-    """timm's ``Attention``: fused qkv projection, optional query, key and output norms, output projection."""
-
-    def __init__(self, primal: nn.Module, name: str, tangents: Tangents) -> None:
-        require_type(primal, (Attention,), name)
-        if getattr(primal, "gate", None) is not None:
-            raise UncoveredPartError(f"{name}.gate (gated attention)")
-        super().__init__(primal)
-        self.qkv = DualLinear(primal.qkv, f"{name}.qkv", tangents)
-        self.q_norm = dual_norm(primal.q_norm, f"{name}.q_norm", tangents)
-        self.k_norm = dual_norm(primal.k_norm, f"{name}.k_norm", tangents)
-        self.norm = dual_norm(getattr(primal, "norm", nn.Identity()), f"{name}.norm", tangents)
-        self.proj = DualLinear(primal.proj, f"{name}.proj", tangents)
-
-    def forward(self, a: Tensor, da: Tensor | None, rows: Rows = None) -> Pair:
-        """Map (n, T, D) to (n, T, D), or to the first ``rows`` tokens of the result."""
-        projected, moved = self.qkv(a, da)
-        heads = self.primal.num_heads
-        (q, k, v), (dq, dk, dv) = split_heads(projected, heads), split_heads(moved, heads)
-        query = self.q_norm(keep(q, rows, 2), keep(dq, rows, 2))
-        out, dout = attend(query, self.k_norm(k, dk), (v, dv), self.primal.scale)
-        return self.proj(*self.norm(merge_heads(out), merge_heads(dout)))
 
 
 class DualMlp(Dual):
@@ -122,12 +40,6 @@ class DualMlp(Dual):
     def forward(self, a: Tensor, da: Tensor | None) -> Pair:
         """Map (n, T, D) to (n, T, D)."""
         return self.fc2(*self.norm(*self.act(*self.fc1(a, da))))
-
-
-def product(left: Pair, right: Pair) -> Pair:
-    """Elementwise product: (x y, x' y + x y')."""
-    (x, dx), (y, dy) = left, right
-    return x * y, add(None if dx is None else dx * y, None if dy is None else x * dy)
 
 
 class DualGluMlp(Dual):
@@ -186,28 +98,44 @@ def dual_mlp(primal: nn.Module, name: str, tangents: Tangents) -> nn.Module:
     return _MLPS[type(primal)](primal, name, tangents)
 
 
+def _branch_scale(block: nn.Module, number: int, name: str, tangents: Tangents) -> nn.Module:
+    """The scale of a residual branch: a LayerScale layer in a ViT block, a bare parameter in BEiT and EVA."""
+    layer, parameter = f"ls{number}", f"gamma_{number}"
+    if hasattr(block, layer):
+        return dual_layer_scale(getattr(block, layer), f"{name}.{layer}", tangents)
+    if getattr(block, parameter) is None:
+        return DualIdentity()
+    return DualScale(block, parameter, f"{name}.{parameter}", tangents)
+
+
 class DualBlock(Dual):
-    """timm's pre-norm ``Block``: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
+    """A pre-norm block: x + scale1(attn(norm1(x))), then x + scale2(mlp(norm2(x))).
 
     Where only the first ``rows`` tokens of the output are wanted (class-token pooling after the last block),
-    the queries, the projection and the feed-forward network run for these rows alone.
+    attention has queries for these rows alone, and what follows runs on them alone.
     """
 
     def __init__(self, primal: nn.Module, name: str, tangents: Tangents) -> None:
-        require_type(primal, (Block,), name)
+        require_type(primal, (Block, BeitBlock, EvaBlock), name)
         for part in ("drop_path1", "drop_path2"):
             require_type(getattr(primal, part), (nn.Identity, DropPath), f"{name}.{part}")
         super().__init__(primal)
         self.norm1 = dual_norm(primal.norm1, f"{name}.norm1", tangents)
         self.attn = DualAttention(primal.attn, f"{name}.attn", tangents)
-        self.ls1 = dual_layer_scale(primal.ls1, f"{name}.ls1", tangents)
+        self.scale1 = _branch_scale(primal, 1, name, tangents)
         self.norm2 = dual_norm(primal.norm2, f"{name}.norm2", tangents)
         self.mlp = dual_mlp(primal.mlp, f"{name}.mlp", tangents)
-        self.ls2 = dual_layer_scale(primal.ls2, f"{name}.ls2", tangents)
+        self.scale2 = _branch_scale(primal, 2, name, tangents)
 
-    def forward(self, x: Tensor, dx: Tensor | None, rows: Rows = None) -> Pair:
-        """Map (n, T, D) to (n, T, D), or to (n, rows, D)."""
-        branch, dbranch = self.ls1(*self.attn(*self.norm1(x, dx), rows))
-        x, dx = keep(x, rows) + branch, add(keep(dx, rows), dbranch)
-        branch, dbranch = self.ls2(*self.mlp(*self.norm2(x, dx)))
-        return x + branch, add(dx, dbranch)
+    def forward(
+        self,
+        x: Tensor,
+        dx: Tensor | None,
+        rows: Rows = None,
+        rope: Tensor | None = None,
+        bias: Pair | None = None,
+    ) -> Pair:
+        """Map (n, T, D) to (n, T, D), or to (n, rows, D); ``rope`` and ``bias`` go to the attention."""
+        branch = self.scale1(*self.attn(*self.norm1(x, dx), rows, rope, bias))
+        x, dx = add_pairs((keep(x, rows), keep(dx, rows)), branch)
+        return add_pairs((x, dx), self.scale2(*self.mlp(*self.norm2(x, dx))))

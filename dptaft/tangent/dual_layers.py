@@ -35,6 +35,17 @@ def add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left + right
 
 
+def add_pairs(left: Pair, right: Pair) -> Pair:
+    """Sum of two activations and of their tangents."""
+    return left[0] + right[0], add(left[1], right[1])
+
+
+def product(left: Pair, right: Pair) -> Pair:
+    """Elementwise product: (x y, x' y + x y')."""
+    (x, dx), (y, dy) = left, right
+    return x * y, add(None if dx is None else dx * y, None if dy is None else x * dy)
+
+
 def require_type(module: nn.Module, allowed: tuple[type, ...], name: str) -> None:
     """Refuse a module whose exact type is not known, or whose forward or hooks were changed on the instance.
 
@@ -318,7 +329,8 @@ def _silu(a: Tensor, da: Tensor | None) -> Pair:
     return F.silu(a), None if da is None else torch.ops.aten.silu_backward(da, a)
 
 
-def _sigmoid(a: Tensor, da: Tensor | None) -> Pair:
+def dual_sigmoid(a: Tensor, da: Tensor | None) -> Pair:
+    """The logistic function and its tangent."""
     out = torch.sigmoid(a)
     return out, None if da is None else da * (out * (1 - out))
 
@@ -345,5 +357,5 @@ class DualActivation(nn.Module):
         if self.kind is nn.SiLU:
             return _silu(a, da)
         if self.kind is nn.Sigmoid:
-            return _sigmoid(a, da)
+            return dual_sigmoid(a, da)
         return _gelu(a, da, self.approximate)

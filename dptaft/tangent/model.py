@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dptaft.tangent.cut import Above, Cut, below, find_cut
-from dptaft.tangent.dual import DualHead, DualTransformer
+from dptaft.tangent.cut import Above, Cut, below, boundary_axes, find_cut
+from dptaft.tangent.dual import dual_above
 from dptaft.tangent.dual_layers import TangentConstant, Tangents, UncoveredPartError
 from dptaft.tangent.initialise import fresh_class_token
 from dptaft.tangent.linearize import check_tangents, linearize
@@ -148,13 +148,7 @@ class TangentModel(nn.Module):
 
     def _build_dual(self) -> Tangents:
         tangents = Tangents(self.names)
-        if self.cut.kind == "features":
-            self.tangent = DualHead(self.base, tangents)
-        else:
-            self.tangent = DualTransformer(self.base, self.cut.block, tangents)
-        missing = [name for name in self.names if name not in tangents.parameters]
-        if missing:
-            raise UncoveredPartError(missing[0])
+        self.tangent = dual_above(self.base, self.cut, tangents)
         if self.fresh_token is not None:
             self.fresh_tangent = TangentConstant(self.fresh_token)
             tangents.parameters[FRESH_TOKEN] = self.fresh_tangent.weight
@@ -191,14 +185,14 @@ class TangentModel(nn.Module):
             raise ValueError(f"images have shape {tuple(images.shape)}, expected {expected}")
         size = getattr(patches, "img_size", None)
         given = tuple(images.shape[2:])
-        if size is not None and getattr(patches, "strict_img_size", True) and given != tuple(size):
+        if size is not None and given != tuple(size):
             raise ValueError(f"images have size {given}, the model takes {tuple(size)}; resize them")
 
     def _check_boundary(self, boundary: Tensor) -> None:
         if self.cut.kind == "images":
             self._check_images(boundary)
             return
-        axes, width = (3 if self.cut.kind == "tokens" else 2), self.base.embed_dim
+        axes, width = boundary_axes(self.base, self.cut), self.base.embed_dim
         if boundary.ndim != axes or boundary.shape[-1] != width:
             raise ValueError(
                 f"boundary activations have shape {tuple(boundary.shape)}, "

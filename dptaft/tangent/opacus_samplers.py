@@ -1,4 +1,4 @@
-"""Per-example gradients of the tangent layers that Opacus does not know; importing this module registers them."""
+"""Per-example gradients of the tangent layers that Opacus does not know; importing this registers them."""
 
 from __future__ import annotations
 
