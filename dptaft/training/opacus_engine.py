@@ -216,7 +216,9 @@ class OpacusEngine:
 
     def _backward(self, logits: Tensor, cotangents: Tensor, *, retain_graph: bool = False) -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            warnings.filterwarnings(
+                "ignore", message="Full backward hook is firing|There is a performance drop"
+            )
             logits.backward(cotangents, retain_graph=retain_graph)
 
     def _cotangents(self, logits: Tensor, chosen: Tensor) -> Tensor:

@@ -296,7 +296,7 @@ def nonlinear(scope, classes=5, **given):
 
 
 @pytest.mark.parametrize("method", ["hooks", "ghost"])
-@pytest.mark.parametrize(("scope", "given"), [("last:1", {}), ("last:1", {"init_values": 0.1})])
+@pytest.mark.parametrize(("scope", "given"), [("last:1", {}), ("last:1", {"init_values": 0.1}), ("all", {})])
 def test_ordinary_fine_tuning_agrees_with_the_loop(method, scope, given):
     module, inputs, labels = nonlinear(scope, **given)
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
