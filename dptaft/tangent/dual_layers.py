@@ -326,7 +326,8 @@ def _quick_gelu(a: Tensor, da: Tensor | None) -> Pair:
 
 
 def _silu(a: Tensor, da: Tensor | None) -> Pair:
-    return F.silu(a), None if da is None else torch.ops.aten.silu_backward(da, a)
+    gate = torch.sigmoid(a)
+    return a * gate, None if da is None else da * (gate + a * gate * (1 - gate))
 
 
 def dual_sigmoid(a: Tensor, da: Tensor | None) -> Pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 Linearised = Callable[..., Any]
 
@@ -52,9 +54,11 @@ def linearize(module: nn.Module, names: Iterable[str], *, split: bool = False) -
         def outputs(weights: dict[str, Tensor]) -> Any:
             return functional_call(module, weights, args, kwargs)
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            # torch compiles the rules of forward-mode differentiation with a function that it deprecates
+            warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", FutureWarning)
             offset, moved = jvp(outputs, (primals,), ({name: tangents[name] for name in names},))
-        return (offset, moved) if split else torch.utils._pytree.tree_map(torch.add, offset, moved)
+        return (offset, moved) if split else tree_map(torch.add, offset, moved)
 
     return linearised
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from opacus.grad_sample import register_grad_sampler
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ def scale_grad_sample(
     layer: TangentScale, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
     """Gradient of each example: the sum of x * db over all axes but the first and the last, shape (n, D)."""
-    return {layer.weight: (activations[0] * backprops).flatten(1, -2).sum(1)}
+    return {layer.weight: torch.einsum("n...d,n...d->nd", activations[0], backprops)}
 
 
 @register_grad_sampler(TangentConstant)

@@ -10,6 +10,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+torch.set_num_threads(1)  # the models are so small that more threads only cost time
 CLASSES = 4
 DEPTH = 3
 _TINY = {
