@@ -122,7 +122,8 @@ class _Stream:
         return out[:count]
 
     def _fill(self, count: int) -> None:
-        self._ready = torch.cat([self._ready, self._draw_units(count)])
+        drawn = self._draw_units(count)
+        self._ready = torch.cat([self._ready, drawn]) if len(self._ready) else drawn
 
     def prefetch(self, count: int) -> None:
         """Draw `count` normals in a background thread, for the next call of `normal` or `gaussian_mechanism`.
@@ -270,7 +271,7 @@ def gaussian_mechanism(
     dimension = sum(v.numel() for v in values.values())
     std = noise_std(sensitivity=sensitivity, noise_multiplier=noise_multiplier, dimension=dimension)
     for name, value in values.items():
-        if not bool(torch.isfinite(value).all()):
+        if not _is_finite(value):
             raise ValueError(
                 f"the sum for {name!r} is not finite; non-finite examples must be left out first"
             )
@@ -279,19 +280,20 @@ def gaussian_mechanism(
     return {name: _release(value, std * 2.0**-GRID_BITS, source) for name, value in values.items()}
 
 
+def _is_finite(value: Tensor) -> bool:
+    """Whether all entries are finite; one sum in the usual case, a closer look where it overflows."""
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
+
+
 def _release(value: Tensor, spacing: float, source: _Stream) -> Tensor:
     units = source.units(value.numel())
     flat = value.detach().reshape(-1)
     out = torch.empty_like(flat)
-    step = _CHUNK if value.device.type == "cpu" else max(value.numel(), 1)
+    step = _CHUNK if value.device.type == "cpu" else max(len(flat), 1)
+    buffer = torch.empty(min(step, len(flat)), dtype=torch.float64, device=value.device)
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
-        cells = (
-            flat[part]
-            .to(torch.float64, copy=True)
-            .mul_(1.0 / spacing)
-            .clamp_(-_LARGEST_CELL, _LARGEST_CELL)
-            .round_()
-        )
+        cells = buffer[: len(flat[part])].copy_(flat[part])
+        cells.mul_(1.0 / spacing).clamp_(-_LARGEST_CELL, _LARGEST_CELL).round_()
         out[part] = cells.add_(units[part].to(cells.device)).mul_(spacing)
     return out.reshape(value.shape)
