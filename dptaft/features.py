@@ -99,7 +99,7 @@ def feature_key(
         precision: as for :func:`build_features`.
     """
     facts = {
-        "operator": operator.kind,
+        "operator": [operator.kind, getattr(operator, "layout", None)],
         "parameters": {name: list(shape) for name, shape in operator.parameter_shapes.items()},
         "cut": [model.cut.kind, model.cut.block],
         "architecture": _architecture(model.base),

@@ -27,7 +27,7 @@ from dptaft.tangent.last_block import (
 )
 from dptaft.tangent.operator import Features, mark_finite, members_cotangents, with_members
 from dptaft.tangent.rank_one import (
-    Direct,
+    Diagonal,
     Factor,
     Outer,
     gradient_grams,
@@ -75,8 +75,10 @@ def _shared(inputs: Tensor, weights: Tensor) -> Tensor:
 class CompiledLastBlock:
     """Exact tangent of the last block, final norm and head of a class-token timm VisionTransformer.
 
-    Covers LayerScale, register tokens, a final norm before or after pooling, missing biases and the usual
-    activations.
+    The memory of one example hardly depends on the number of classes. For few classes
+    :class:`~dptaft.tangent.factored.FactoredLastBlock` takes about as much memory and several times less
+    time. Covers LayerScale, register tokens, a final norm before or after pooling, missing biases and the
+    usual activations.
 
     Args:
         base: the pretrained model; its weights are read once and never modified.
@@ -86,6 +88,7 @@ class CompiledLastBlock:
     """
 
     kind = "compiled"
+    layout = "tokens"
 
     def __init__(self, base: nn.Module) -> None:
         self._w: LastBlock = read_last_block(base)
@@ -142,7 +145,7 @@ class CompiledLastBlock:
             u = w.final.affine(f["xhf"])
         return f | {"u": u, "logits": F.linear(u, w.wh, w.bh)}
 
-    def _constants(self, features: Features) -> dict[str, Tensor]:
+    def constants(self, features: Features) -> dict[str, Tensor]:
         """Everything but the tokens in the compute precision."""
         kept = ("tokens", "finite")
         return {k: t if k in kept else t.to(self.dtype) for k, t in features.tensors.items()}
@@ -151,13 +154,18 @@ class CompiledLastBlock:
         """f(x_i; w0), shape (n, C)."""
         return features["logits"].to(self.dtype)
 
+    def scalars_per_example(self, tokens: int) -> int:
+        """Numbers that the constants of one example hold, for a block input of that many tokens."""
+        empty = torch.zeros(1, tokens, self._w.wq.shape[1], dtype=self.dtype, device=self._w.wq.device)
+        return sum(t.numel() for t in self.extract(empty).tensors.values())
+
     # ------------------------------------------------------------------ J theta
 
     @torch.no_grad()
     def jvp(self, features: Features, theta: Mapping[str, Tensor]) -> Tensor:
         """J_i theta, shape (n, C), or (m, n, C) for theta with a members axis."""
         t, batched = with_members(theta, self.parameter_shapes, self.dtype)
-        f = self._constants(features)
+        f = self.constants(features)
         out = self._tail_jvp(f, t, self._attention_jvp(f, t)) * f["finite"][:, None, None]
         return out.transpose(0, 1) if batched else out[:, 0]
 
@@ -210,24 +218,24 @@ class CompiledLastBlock:
     def vjp(self, features: Features, cotangents: Tensor) -> dict[str, Tensor]:
         """sum_i J_i^T r_i per parameter (a sum), with a members axis if the cotangents have one."""
         r, batched = members_cotangents(cotangents, features["finite"], self.num_classes, self.dtype)
-        totals = total_gradients(self._factors(self._constants(features), r))
-        return {k: totals[k] if batched else totals[k][0] for k in self.parameter_shapes}
+        totals = total_gradients(self.factors(self.constants(features), r), self.parameter_shapes)
+        return totals if batched else {name: total[0] for name, total in totals.items()}
 
     @torch.no_grad()
     def gram(self, features: Features) -> Tensor:
         """K_i = J_i J_i^T, shape (n, C, C), from rank-one factors."""
         eye = torch.eye(self.num_classes, dtype=self.dtype, device=features["logits"].device)
         r = eye * features["finite"][:, None, None]
-        return gradient_grams(self._factors(self._constants(features), r))
+        return gradient_grams(self.factors(self.constants(features), r))
 
     @torch.no_grad()
     def gradient_norms(self, features: Features, cotangents: Tensor) -> Tensor:
         """|J_i^T r_i|_2, shape (n,) or (m, n), from one backward pass to the layer outputs."""
         r, batched = members_cotangents(cotangents, features["finite"], self.num_classes, self.dtype)
-        norms = squared_gradient_norms(self._factors(self._constants(features), r)).sqrt()
+        norms = squared_gradient_norms(self.factors(self.constants(features), r)).sqrt()
         return norms.T if batched else norms[:, 0]
 
-    def _factors(self, f: Mapping[str, Tensor], r: Tensor) -> list[Factor]:
+    def factors(self, f: Mapping[str, Tensor], r: Tensor) -> list[Factor]:
         """Rank-one factors of every example's gradient J_i^T r_i, for cotangents (n, m, C)."""
         factors: list[Factor] = []
         do = self._tail_factors(f, r, factors)
@@ -235,9 +243,10 @@ class CompiledLastBlock:
         return factors
 
     def _linear_factors(self, name: str, inputs: Tensor, g: Tensor, out: list[Factor]) -> None:
-        out.append(Outer(f"{name}.weight", inputs[:, None], g[:, :, None]))
-        if f"{name}.bias" in self.parameter_shapes:
-            out.append(Direct(f"{name}.bias", g))
+        out.append(Outer(f"{name}.weight", self._bias(name), 0, inputs[:, None], g[:, :, None]))
+
+    def _bias(self, name: str) -> str | None:
+        return f"{name}.bias" if f"{name}.bias" in self.parameter_shapes else None
 
     def _tail_factors(self, f: Mapping[str, Tensor], r: Tensor, out: list[Factor]) -> Tensor:
         """Cotangent (n, m, A) of the attention output, and the factors of every layer above it."""
@@ -259,7 +268,7 @@ class CompiledLastBlock:
         gamma = self._w.ls1 if which == 1 else self._w.ls2
         if gamma is None:
             return g
-        out.append(Direct(f"{self._w.prefix}ls{which}.gamma", g * f[f"a{which}"][:, None]))
+        out.append(Diagonal(f"{self._w.prefix}ls{which}.gamma", None, f[f"a{which}"], g))
         return g * gamma
 
     def _attention_factors(self, f: Mapping[str, Tensor], do: Tensor, out: list[Factor]) -> None:
@@ -273,14 +282,13 @@ class CompiledLastBlock:
         gq = torch.einsum("nmhe,hde->nmhd", gk, w.wk).flatten(2)
         gz = gq @ w.wq
         qkv = f"{name}attn.qkv"
-        out.append(Outer(f"{qkv}.weight", w.norm1.affine(xh0)[:, None], gq[:, :, None]))
-        out.append(Outer(f"{qkv}.weight", f["q"], gk, constant_is_input=False))
-        out.append(Outer(f"{qkv}.weight", w.norm1.affine(f["m"]), do))
-        if f"{qkv}.bias" in self.parameter_shapes:
-            out.extend(Direct(f"{qkv}.bias", g) for g in (gq, torch.zeros_like(gq), do.flatten(2)))
+        size = w.heads * w.head_dim
+        out.append(Outer(f"{qkv}.weight", self._bias(qkv), 0, w.norm1.affine(xh0)[:, None], gq[:, :, None]))
+        out.append(Outer(f"{qkv}.weight", None, size, f["q"], gk, constant_is_input=False))
+        out.append(Outer(f"{qkv}.weight", self._bias(qkv), 2 * size, w.norm1.affine(f["m"]), do))
         gain = gz * xh0[:, None] + (gc * f["kq"][:, None] + ge * f["m"][:, None]).sum(2)
-        out.append(Direct(f"{name}norm1.weight", gain))
-        out.append(Direct(f"{name}norm1.bias", gz + ge.sum(2)))
+        out.append(Diagonal(f"{name}norm1.weight", None, None, gain))
+        out.append(Diagonal(f"{name}norm1.bias", None, None, gz + ge.sum(2)))
 
 
 def _value_and_slope(activation: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,6 +308,5 @@ def _norm_jvp(x: Tensor, norm: Norm, xh: Tensor, inverse: Tensor, t: Mapping[str
 
 def _norm_factors(g: Tensor, norm: Norm, xh: Tensor, inverse: Tensor, out: list[Factor]) -> Tensor:
     """Cotangent of a LayerNorm's input for that of its output ``g`` (n, m, D)."""
-    out.append(Direct(f"{norm.name}.weight", g * xh[:, None]))
-    out.append(Direct(f"{norm.name}.bias", g))
+    out.append(Diagonal(f"{norm.name}.weight", f"{norm.name}.bias", xh, g))
     return project_norm(g * norm.gain, xh[:, None], inverse[:, None])

@@ -1,13 +1,14 @@
-"""Per-example gradients kept as rank-one factors, and the three contractions that training needs.
+"""Per-example gradients kept as rank-one factors, and the contractions that training needs.
 
 In the compiled tangent path the gradient of one example with respect to a weight matrix is an outer product
-(per head for the attention projections), so its squared norm is a product of two squared vector norms and a
-weighted sum over examples is one matrix product.
+(per head for the attention projections): a constant of the example times a cotangent that is linear in the
+loss gradient. So its squared norm is a product of two squared vector norms, a weighted sum over examples is
+one matrix product, and the tangent of the logits is one matrix product followed by inner products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,78 +17,146 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outer:
-    """Gradient of some rows of a weight matrix: for group g the outer product of a constant and a cotangent.
+    """Gradient of rows of a weight matrix: for group g the outer product of a constant and a cotangent.
+
+    Groups are consecutive rows. With ``constant_is_input`` the constant belongs to the columns (it is the
+    layer's input) and the cotangent to the rows, whose bias, if any, has the cotangent itself as gradient.
+    Otherwise the constant belongs to the rows and there is no bias gradient.
 
     Args:
-        parameter: name of the parameter.
+        weight: name of the parameter.
+        bias: name of the bias parameter, or None.
+        start: first row of the block.
         constant: (n, G, a), independent of the cotangents.
         cotangent: (n, m, G, b), linear in the cotangents.
-        constant_is_input: whether the constant belongs to the columns (the layer's input) or to the
-            rows (its output).
+        constant_is_input: see above.
     """
 
-    parameter: str
+    weight: str
+    bias: str | None
+    start: int
     constant: Tensor
     cotangent: Tensor
     constant_is_input: bool = True
 
-    def total(self) -> Tensor:
-        """Sum over examples, (m, G * out, in)."""
+    @property
+    def rows(self) -> slice:
+        """The rows of the weight (and entries of the bias) that the block covers."""
+        vectors = self.cotangent if self.constant_is_input else self.constant
+        return slice(self.start, self.start + vectors.shape[-2] * vectors.shape[-1])
+
+    def push(self, theta: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write what pairs with the cotangent to give theta's tangent to ``out`` (n, m, G, b)."""
+        groups = self.constant.shape[1]
+        block = theta[self.weight][:, self.rows].unflatten(1, (groups, -1))
+        block = block if self.constant_is_input else block.transpose(2, 3)
+        m, _, b, a = block.shape
+        if groups == 1 and m == 1:
+            torch.mm(self.constant[:, 0], block[0, 0].T, out=out[:, 0, 0])
+        else:
+            columns = block.permute(1, 3, 0, 2).reshape(groups, a, m * b)
+            product = torch.bmm(self.constant.transpose(0, 1), columns)
+            out.copy_(product.view(groups, -1, m, b).permute(1, 2, 0, 3))
+        if self.bias is not None:
+            out += theta[self.bias][:, self.rows].unflatten(1, (groups, -1))
+
+    def add_total(self, out: Mapping[str, Tensor]) -> None:
+        """Write the sum over examples into the rows of ``out`` (m, *shape)."""
         n, m, groups, b = self.cotangent.shape
-        a = self.constant.shape[-1]
-        rows = self.cotangent.permute(2, 1, 3, 0).reshape(groups, m * b, n)
-        product = torch.bmm(rows, self.constant.transpose(0, 1)).view(groups, m, b, a)
-        if self.constant_is_input:
-            return product.transpose(0, 1).reshape(m, groups * b, a)
-        return product.permute(1, 0, 3, 2).reshape(m, groups * a, b)
+        target = out[self.weight][:, self.rows]
+        if groups == 1 and m == 1 and self.constant_is_input:
+            torch.mm(self.cotangent[:, 0, 0].T, self.constant[:, 0], out=target[0])
+        else:
+            rows = self.cotangent.permute(2, 1, 3, 0).reshape(groups, m * b, n)
+            product = torch.bmm(rows, self.constant.transpose(0, 1)).view(groups, m, b, -1)
+            product = product if self.constant_is_input else product.transpose(2, 3)
+            target.copy_(product.transpose(0, 1).flatten(1, 2))
+        if self.bias is not None:
+            torch.sum(self.cotangent.flatten(2), 0, out=out[self.bias][:, self.rows])
+
+    def _weights(self) -> Tensor:
+        """What a squared cotangent of each group counts, (n, G)."""
+        squared = self.constant.square().sum(-1)
+        return squared if self.bias is None else squared + 1
 
     def gram(self) -> Tensor:
         """Inner products of the gradients of one example under its m cotangents, (n, m, m)."""
-        weight = self.constant.square().sum(-1)
-        scaled = self.cotangent * weight[:, None, :, None]
+        scaled = self.cotangent * self._weights()[:, None, :, None]
         return torch.bmm(scaled.flatten(2), self.cotangent.flatten(2).transpose(1, 2))
 
     def squared_norms(self) -> Tensor:
         """Squared gradient norm of every example and member, (n, m)."""
-        return torch.einsum("ng,nmg->nm", self.constant.square().sum(-1), self.cotangent.square().sum(-1))
+        return torch.einsum("ng,nmg->nm", self._weights(), self.cotangent.square().sum(-1))
 
 
 @dataclass(frozen=True)
-class Direct:
-    """Gradient of (rows of) a vector parameter, itself: (n, m, size)."""
+class Diagonal:
+    """Gradient of a vector parameter: the elementwise product of a constant and a cotangent.
 
-    parameter: str
-    value: Tensor
+    Args:
+        weight: name of the parameter.
+        bias: name of a vector parameter whose gradient is the cotangent itself, or None.
+        constant: (n, size), or None for ones.
+        cotangent: (n, m, size).
+    """
 
-    def total(self) -> Tensor:
-        """Sum over examples, (m, size)."""
-        return self.value.sum(0)
+    weight: str
+    bias: str | None
+    constant: Tensor | None
+    cotangent: Tensor
+
+    def push(self, theta: Mapping[str, Tensor], out: Tensor) -> None:
+        """Write what pairs with the cotangent to give theta's tangent to ``out`` (n, m, size)."""
+        out.copy_(theta[self.weight])
+        if self.constant is not None:
+            out *= self.constant[:, None]
+        if self.bias is not None:
+            out += theta[self.bias]
+
+    def add_total(self, out: Mapping[str, Tensor]) -> None:
+        """Write the sum over examples into ``out`` (m, size)."""
+        if self.constant is None:
+            torch.sum(self.cotangent, 0, out=out[self.weight])
+        else:
+            torch.sum(self.cotangent * self.constant[:, None], 0, out=out[self.weight])
+        if self.bias is not None:
+            torch.sum(self.cotangent, 0, out=out[self.bias])
+
+    def _scaled(self) -> Tensor:
+        weights = 1 if self.constant is None else self.constant.square()[:, None]
+        return self.cotangent * (weights if self.bias is None else weights + 1)
 
     def gram(self) -> Tensor:
         """Inner products of the gradients of one example under its m cotangents, (n, m, m)."""
-        return torch.bmm(self.value, self.value.transpose(1, 2))
+        return torch.bmm(self._scaled(), self.cotangent.transpose(1, 2))
 
     def squared_norms(self) -> Tensor:
         """Squared gradient norm of every example and member, (n, m)."""
-        return self.value.square().sum(-1)
+        return (self._scaled() * self.cotangent).sum(-1)
 
 
-Factor = Outer | Direct
+Factor = Outer | Diagonal
 
 
-def total_gradients(factors: Sequence[Factor]) -> dict[str, Tensor]:
-    """Sum over examples per parameter, (m, *shape); the factors of one parameter are its rows in order."""
-    rows: dict[str, list[Tensor]] = {}
+def total_gradients(factors: Sequence[Factor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Sum over examples per parameter, (m, *shape); factors must cover every row of every matrix."""
+    like = factors[0].cotangent
+    m = like.shape[1]
+    # a bias may have rows without a factor (keys): their gradient is exactly zero
+    out = {
+        name: like.new_zeros(m, *shape) if len(shape) == 1 else like.new_empty(m, *shape)
+        for name, shape in shapes.items()
+    }
     for factor in factors:
-        rows.setdefault(factor.parameter, []).append(factor.total())
-    return {name: torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for name, parts in rows.items()}
+        factor.add_total(out)
+    return out
 
 
-def gradient_grams(factors: Sequence[Factor]) -> Tensor:
+def gradient_grams(factors: Iterable[Factor]) -> Tensor:
     """Gram matrices (n, m, m) of the full gradients: the sum over parameters."""
     return torch.stack([factor.gram() for factor in factors]).sum(0)
 
 
-def squared_gradient_norms(factors: Sequence[Factor]) -> Tensor:
+def squared_gradient_norms(factors: Iterable[Factor]) -> Tensor:
     """Squared norms (n, m) of the full gradients: the sum over parameters."""
     return torch.stack([factor.squared_norms() for factor in factors]).sum(0)

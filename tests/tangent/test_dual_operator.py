@@ -10,6 +10,7 @@ import dptaft.tangent.dual_operator as dual_operator
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.compiled import CompiledLastBlock
 from dptaft.tangent.dual_operator import DualOperator
+from dptaft.tangent.factored import FactoredLastBlock
 from dptaft.tangent.model import TangentModel
 from dptaft.tangent.operator import TangentOperator
 
@@ -136,10 +137,10 @@ def test_a_fresh_class_token_is_part_of_the_jacobian():
     assert gradient["fresh_cls_token"].abs().max() > 0
 
 
-def test_compiled_equals_dual():
+@pytest.mark.parametrize("compiled", [CompiledLastBlock, FactoredLastBlock])
+def test_compiled_equals_dual(compiled):
     model = TangentModel(base(init_values=0.5, reg_tokens=1), "last:1")
-    fast, slow = tangent_operator(model), DualOperator(model)
-    assert isinstance(fast, CompiledLastBlock)
+    fast, slow = compiled(model.base), DualOperator(model)
     a, b = (operator.extract(model.boundary(images())) for operator in (fast, slow))
     theta, r = random_theta(fast.parameter_shapes), cotangents()
     close = {"rtol": 1e-10, "atol": 1e-10}
@@ -184,6 +185,15 @@ def test_the_fastest_exact_operator_is_chosen(scope, options, kind):
     operator = tangent_operator(model)
     assert operator.kind == kind
     assert list(operator.parameter_shapes) == list(model.theta())
+
+
+def test_few_classes_are_compiled_to_factors_and_many_to_tokens():
+    shape = {"embed_dim": 32, "num_heads": 1, "img_size": 64}
+    layouts = {}
+    for classes in (2, 10, 200):
+        operator = tangent_operator(TangentModel(base(num_classes=classes, **shape), "last:1"))
+        layouts[classes] = operator.layout
+    assert layouts == {2: "classes", 10: "classes", 200: "tokens"}
 
 
 def test_a_batch_size_below_one_is_refused():
