@@ -12,6 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dptaft.tangent.dual_layers import is_changed
 from dptaft.tangent.scope import Scope, first_block
 
 TOKEN_MODELS = (VisionTransformer, VisionTransformerDistilled, Beit, Eva)
@@ -32,13 +33,14 @@ class Cut:
 
 
 def find_cut(model: nn.Module, scope: Scope) -> Cut:
-    """The highest cut that leaves all weights of the scope above it; ``images`` for an unknown kind of model.
+    """The highest cut that leaves all weights of the scope above it; ``images`` for an unknown model.
 
     Raises:
         ValueError: if the scope is deeper than the model, or counts blocks that the model does not have.
     """
     block = first_block(model, scope) if scope.depth is not None else None
-    if type(model) not in TOKEN_MODELS or scope.kind == "all":
+    known = type(model) in TOKEN_MODELS and not is_changed(model) and not is_changed(model.blocks)
+    if not known or scope.kind == "all":
         return Cut("images")
     return Cut("features") if scope.kind == "head" else Cut("tokens", block)
 
@@ -69,8 +71,9 @@ def _embed(model: nn.Module, images: Tensor) -> Tensor:
     if type(model) is Beit:
         x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1)
         return x if model.pos_embed is None else x + model.pos_embed
-    embedded = model._pos_embed(x)
-    return model.norm_pre(embedded[0] if type(model) is Eva else embedded)
+    if type(model) is Eva:
+        return model.norm_pre(model._pos_embed(x)[0])
+    return model.norm_pre(model.patch_drop(model._pos_embed(x)))
 
 
 def _run_blocks(model: nn.Module, x: Tensor, first: int, end: int) -> Tensor:

@@ -17,6 +17,7 @@ from dptaft.tangent.dual_layers import (
     Tangents,
     UncoveredPartError,
     dual_norm,
+    require_inactive,
     require_type,
 )
 from dptaft.tangent.dual_pool import DualDistilledHead, DualHead, DualReadout
@@ -50,6 +51,7 @@ class DualEmbedding(Dual):
         super().__init__(model)
         patches = model.patch_embed
         require_type(patches, (PatchEmbed,), "patch_embed")
+        require_inactive(model, ("pos_drop", "patch_drop"), "")
         if patches.dynamic_img_pad:
             raise UncoveredPartError("patch_embed (padding to whole patches)")
         self.proj = DualConv2d(patches.proj, "patch_embed.proj", tangents)

@@ -21,6 +21,7 @@ from dptaft.tangent.dual_layers import (
     dual_norm,
     dual_sigmoid,
     product,
+    require_inactive,
     require_type,
 )
 
@@ -153,6 +154,7 @@ class DualAttention(Dual):
 
     def __init__(self, primal: nn.Module, name: str, tangents: Tangents) -> None:
         require_type(primal, (Attention, AttentionRope, EvaAttention, BeitAttention), name)
+        require_inactive(primal, ("attn_drop", "proj_drop"), name)
         if primal.scale != (primal.proj.in_features // primal.num_heads) ** -0.5:
             raise UncoveredPartError(f"{name} (attention scale {primal.scale})")
         super().__init__(primal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
@@ -23,6 +23,7 @@ from dptaft.tangent.dual_layers import (
     dual_layer_scale,
     dual_norm,
     product,
+    require_inactive,
     require_type,
 )
 
@@ -95,6 +96,7 @@ def dual_mlp(primal: nn.Module, name: str, tangents: Tangents) -> nn.Module:
         UncoveredPartError: for an unknown kind.
     """
     require_type(primal, tuple(_MLPS), name)
+    require_inactive(primal, ("drop1", "drop2"), name)
     return _MLPS[type(primal)](primal, name, tangents)
 
 
@@ -117,8 +119,7 @@ class DualBlock(Dual):
 
     def __init__(self, primal: nn.Module, name: str, tangents: Tangents) -> None:
         require_type(primal, (Block, BeitBlock, EvaBlock), name)
-        for part in ("drop_path1", "drop_path2"):
-            require_type(getattr(primal, part), (nn.Identity, DropPath), f"{name}.{part}")
+        require_inactive(primal, ("drop_path1", "drop_path2"), name)
         super().__init__(primal)
         self.norm1 = dual_norm(primal.norm1, f"{name}.norm1", tangents)
         self.attn = DualAttention(primal.attn, f"{name}.attn", tangents)

@@ -12,16 +12,19 @@ differentiation of the layers; tests compare each with ``torch.func.jvp``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import isfunction
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, PatchDropout, PatchDropoutWithIndices, RmsNorm
 from timm.layers import LayerNorm as TimmLayerNorm
-from timm.layers import LayerScale, RmsNorm
 from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 Pair = tuple[Tensor, Tensor | None]
+
+_INACTIVE = (nn.Identity, nn.Dropout, DropPath, PatchDropout, PatchDropoutWithIndices)
 
 
 class UncoveredPartError(Exception):
@@ -46,17 +49,34 @@ def product(left: Pair, right: Pair) -> Pair:
     return x * y, add(None if dx is None else dx * y, None if dy is None else x * dy)
 
 
+def is_changed(module: nn.Module) -> bool:
+    """Whether a module has hooks, or methods of its own that replace those of its class."""
+    replaced = any(isfunction(getattr(type(module), name, None)) for name in vars(module))
+    return replaced or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+
+
 def require_type(module: nn.Module, allowed: tuple[type, ...], name: str) -> None:
-    """Refuse a module whose exact type is not known, or whose forward or hooks were changed on the instance.
+    """Refuse a module whose exact type is not known, or that was changed on the instance.
 
     Raises:
         UncoveredPartError: naming the module and its type.
     """
     if type(module) not in allowed:
         raise UncoveredPartError(f"{name} ({type(module).__name__})")
-    changed = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-    if changed:
+    if is_changed(module):
         raise UncoveredPartError(f"{name} ({type(module).__name__} with a changed forward)")
+
+
+def require_inactive(owner: nn.Module, parts: Iterable[str], name: str) -> None:
+    """Refuse an owner with parts that are not the identity in eval mode (dropout in its forms, the identity).
+
+    Raises:
+        UncoveredPartError: naming the part and its type.
+    """
+    for part in parts:
+        module = getattr(owner, part, None)
+        if module is not None:
+            require_type(module, _INACTIVE, f"{name}.{part}".lstrip("."))
 
 
 class TangentScale(nn.Module):
@@ -202,6 +222,7 @@ def _conv_like(primal: nn.Conv2d) -> nn.Conv2d:
         *shape,
         dilation=primal.dilation,
         groups=primal.groups,
+        padding_mode=primal.padding_mode,
         bias=primal.bias is not None,
         device=primal.weight.device,
         dtype=primal.weight.dtype,

@@ -17,6 +17,7 @@ from dptaft.tangent.dual_layers import (
     UncoveredPartError,
     add_pairs,
     dual_norm,
+    require_inactive,
     require_type,
 )
 
@@ -29,6 +30,7 @@ class DualAttentionPool(Dual):
         plain = primal.pos_embed is None and primal.mlp is not None and type(primal.q) is nn.Linear
         if not plain or primal.pool != "token":
             raise UncoveredPartError(f"{name} (attention pooling with other than its usual parts)")
+        require_inactive(primal, ("proj_drop",), name)
         super().__init__(primal)
         self.latent = tangents.constant(primal.latent, f"{name}.latent")
         self.q = DualLinear(primal.q, f"{name}.q", tangents)
@@ -101,6 +103,7 @@ class DualHead(Dual):
 
     def __init__(self, model: nn.Module, tangents: Tangents) -> None:
         super().__init__(model)
+        require_inactive(model, ("head_drop",), "")
         self.head = DualLinear(model.head, "head", tangents)
 
     def forward(self, features: Tensor, moved: Tensor | None = None) -> Pair:
@@ -115,6 +118,7 @@ class DualDistilledHead(Dual):
 
     def __init__(self, model: VisionTransformerDistilled, tangents: Tangents) -> None:
         super().__init__(model)
+        require_inactive(model, ("head_drop",), "")
         self.head = DualLinear(model.head, "head", tangents)
         self.head_dist = DualLinear(model.head_dist, "head_dist", tangents)
 

@@ -63,13 +63,12 @@ def initialise_head(
         _check_given(model, num_classes, weight, bias)
     model.reset_classifier(num_classes)
     heads = model.get_classifier()
-    generator = torch.Generator().manual_seed(0 if seed is None else seed)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     for head in heads if isinstance(heads, tuple) else (heads,):
-        shape = tuple(head.weight.shape)
-        drawn = (
-            random_normal(shape, head.in_features**-0.5, generator, head.weight) if weight is None else weight
-        )
-        head.weight.copy_(drawn)
+        if generator is not None:
+            std = head.in_features**-0.5
+            weight = random_normal(tuple(head.weight.shape), std, generator, head.weight)
+        head.weight.copy_(weight)
         head.bias.copy_(torch.zeros_like(head.bias) if bias is None else bias)
 
 

@@ -30,8 +30,8 @@ def linearize(module: nn.Module, names: Iterable[str], *, split: bool = False) -
         split: return the pair (f(x; w0), J(x) tangents) instead of the sum.
 
     Raises:
-        ValueError: for a name that is not a parameter, a module in training mode, and, at the call, for
-            tangents whose names or shapes differ from those of the linearised parameters.
+        ValueError: for a name that is not a parameter, tied parameters, a module in training mode, and, at
+            the call, for tangents whose names or shapes differ from those of the linearised parameters.
 
     >>> _ = torch.manual_seed(0)
     >>> layer = nn.Linear(3, 2).eval()
@@ -40,6 +40,7 @@ def linearize(module: nn.Module, names: Iterable[str], *, split: bool = False) -
     >>> torch.allclose(f_lin({"weight": step}, x), layer(x) + x @ step.T)
     True
     """
+    require_untied(module)
     names = tuple(names)
     unknown = sorted(set(names) - {name for name, _ in module.named_parameters()})
     if unknown:
@@ -61,6 +62,18 @@ def linearize(module: nn.Module, names: Iterable[str], *, split: bool = False) -
         return (offset, moved) if split else tree_map(torch.add, offset, moved)
 
     return linearised
+
+
+def require_untied(module: nn.Module) -> None:
+    """Refuse a module with a parameter under two names: a tangent would have to be counted at both places.
+
+    Raises:
+        ValueError: naming the parameter's second name.
+    """
+    every = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tied = sorted(every - {name for name, _ in module.named_parameters()})
+    if tied:
+        raise ValueError(f"parameter {tied[0]} is tied to another; give each use its own copy to linearise")
 
 
 def check_tangents(expected: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from dptaft.tangent.cut import Above, Cut, below, boundary_axes, find_cut
 from dptaft.tangent.dual import dual_above
 from dptaft.tangent.dual_layers import TangentConstant, Tangents, UncoveredPartError
 from dptaft.tangent.initialise import fresh_class_token
-from dptaft.tangent.linearize import check_tangents, linearize
+from dptaft.tangent.linearize import check_tangents, linearize, require_untied
 from dptaft.tangent.scope import Scope, tangent_parameter_names
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class TangentModel(nn.Module):
             ``attention:k``.
 
     Raises:
-        ValueError: for a scope that the model does not have, or a fresh class token where there is none to
-            replace.
+        ValueError: for a scope that the model does not have, a fresh class token where there is none to
+            replace, tied weights, or weights narrower than float32.
 
     >>> import timm
     >>> base = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=3)
@@ -66,6 +66,10 @@ class TangentModel(nn.Module):
         super().__init__()
         self.scope = Scope.parse(scope) if isinstance(scope, str) else scope
         self.centered = centered
+        require_untied(base)
+        narrow = {p.dtype for p in base.parameters()} - {torch.float32, torch.float64}
+        if narrow:
+            raise ValueError(f"tangents need float32 weights, the model has {narrow.pop()}; use base.float()")
         self.base = base.requires_grad_(False).eval()
         self.names = tangent_parameter_names(base, self.scope)
         self.cut = find_cut(base, self.scope)
@@ -161,6 +165,8 @@ class TangentModel(nn.Module):
         return tangents
 
     def _pair(self, boundary: Tensor) -> Pair:
+        if not self.is_dual:
+            return self.tangent(boundary, self.fresh_token)
         if self.fresh_tangent is None:
             return self.tangent(boundary)
         boundary = torch.cat([self.fresh_token.expand(len(boundary), -1, -1), boundary[:, 1:]], 1)
@@ -205,22 +211,23 @@ class ReferenceTangent(nn.Module):
 
     def __init__(self, base: nn.Module, cut: Cut, names: tuple[str, ...], fresh_token: Tensor | None) -> None:
         super().__init__()
-        above = Above(base, cut, fresh_token).eval()
-        self._above = (above,)
-        self._targets = {name: name if name == FRESH_TOKEN else f"model.{name}" for name in names}
-        values = {name: above.get_parameter(target) for name, target in self._targets.items()}
+        self._base = (base, cut)
+        values = {name: fresh_token if name == FRESH_TOKEN else base.get_parameter(name) for name in names}
         self.weights = nn.ParameterDict(
             {_key(name): torch.zeros_like(value) for name, value in values.items()}
         )
+        self.names = names
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """The tangent weights under the names of the parameters they belong to."""
-        return {name: self.weights[_key(name)] for name in self._targets}
+        return {name: self.weights[_key(name)] for name in self.names}
 
-    def forward(self, boundary: Tensor) -> Pair:
+    def forward(self, boundary: Tensor, fresh_token: Tensor | None) -> Pair:
         """Map boundary activations to logits (n, C) and J theta (n, C)."""
-        tangents = {target: self.weights[_key(name)] for name, target in self._targets.items()}
-        return linearize(self._above[0], tangents, split=True)(tangents, boundary)
+        above = Above(*self._base, fresh_token).eval()
+        theta = self.parameters_by_name()
+        tangents = {name if name == FRESH_TOKEN else f"model.{name}": value for name, value in theta.items()}
+        return linearize(above, tangents, split=True)(tangents, boundary)
 
 
 def _key(name: str) -> str:

@@ -164,3 +164,26 @@ def test_learned_rotary_frequencies_fall_back_only_where_they_are_in_scope():
     assert model.is_dual
     model.load_theta(random_like(model.theta()))
     close(model(images()), linearize(base, model.names)(model.theta(), images()))
+
+
+@pytest.mark.parametrize("method", ["forward", "forward_head", "_pos_embed"])
+def test_a_method_replaced_on_the_instance_is_noticed(method):
+    base, x = build("class token"), images()
+    original = getattr(base, method)
+    setattr(base, method, lambda *args, **kwargs: 2 * original(*args, **kwargs))
+    with pytest.warns(UserWarning, match="changed forward"):
+        model = TangentModel(base, "last:1", centered=False)
+    model.load_theta(random_like(model.theta()))
+    close(model(x), linearize(base, model.names)(model.theta(), x))
+
+
+@pytest.mark.parametrize(
+    "part", ["blocks.2.attn.proj_drop", "blocks.2.mlp.drop1", "blocks.2.drop_path1", "head_drop"]
+)
+def test_a_dropout_that_was_replaced_is_noticed(part):
+    base, x = build("class token"), images()
+    base.set_submodule(part, nn.Tanh())
+    with pytest.warns(UserWarning, match=f"{part} "):
+        model = TangentModel(base, "last:1", centered=False)
+    model.load_theta(random_like(model.theta()))
+    close(model(x), linearize(base, model.names)(model.theta(), x))

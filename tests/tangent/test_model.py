@@ -231,3 +231,24 @@ def test_wrong_boundary_activations_are_refused(scope, shape):
 def test_wrong_scopes_are_refused(scope):
     with pytest.raises(ValueError, match="scope"):
         tangent_model(scope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_weights_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"float32 weights.*base\.float"):
+        TangentModel(build("class token").to(dtype), "last:1")
+
+
+def test_tied_weights_are_refused():
+    base = build("class token")
+    base.blocks[1] = base.blocks[2]
+    with pytest.raises(ValueError, match=r"blocks\.2\..* is tied"):
+        TangentModel(base, "last:1")
+    with pytest.raises(ValueError, match="tied"):
+        linearize(base, ["head.weight"])
+
+
+def test_the_fallback_moves_with_the_model():
+    model = fallback_model(fresh_cls_token_seed=7).float()
+    model.load_theta(random_like(model.theta()))
+    assert model(images().float()).dtype == torch.float32
