@@ -133,9 +133,7 @@ class _Stream:
         with self._lock:
             self._guard_fork()
             if self._worker is None and count > len(self._ready):
-                self._worker = threading.Thread(
-                    target=self._fill, args=(count - len(self._ready),), daemon=True
-                )
+                self._worker = threading.Thread(target=self._fill, args=(count - len(self._ready),))
                 self._worker.start()
 
     def _join(self) -> None:

@@ -4,6 +4,8 @@ import copy
 import math
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,6 +145,11 @@ def test_prefetched_noise_is_used_once_and_is_normal():
     first, second = source.normal((60_000,)), source.normal((60_000,))
     assert z_scores(torch.cat([first, second]))["variance"] < LIMIT
     assert len(torch.unique(torch.cat([first, second]))) > 119_000
+
+
+def test_a_process_ends_cleanly_while_noise_is_drawn():
+    code = "from dptaft.training.noise import NoiseSource; NoiseSource().prefetch(3_000_000)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, noise._CHUNK - 1, noise._CHUNK, noise._CHUNK + 1])
