@@ -49,14 +49,15 @@ class Outer:
         """Write what pairs with the cotangent to give theta's tangent to ``out`` (n, m, G, b)."""
         groups = self.constant.shape[1]
         block = theta[self.weight][:, self.rows].unflatten(1, (groups, -1))
-        block = block if self.constant_is_input else block.transpose(2, 3)
-        m, _, b, a = block.shape
-        if groups == 1 and m == 1:
+        if groups == 1 and len(block) == 1 and self.constant_is_input:
             torch.mm(self.constant[:, 0], block[0, 0].T, out=out[:, 0, 0])
         else:
-            columns = block.permute(1, 3, 0, 2).reshape(groups, a, m * b)
+            if self.constant_is_input:
+                columns = block.transpose(0, 1).flatten(1, 2).transpose(1, 2)
+            else:
+                columns = block.permute(1, 2, 0, 3).flatten(2)
             product = torch.bmm(self.constant.transpose(0, 1), columns)
-            out.copy_(product.view(groups, -1, m, b).permute(1, 2, 0, 3))
+            out.copy_(product.unflatten(2, (len(block), -1)).permute(1, 2, 0, 3))
         if self.bias is not None:
             out += theta[self.bias][:, self.rows].unflatten(1, (groups, -1))
 
@@ -67,7 +68,7 @@ class Outer:
         if groups == 1 and m == 1 and self.constant_is_input:
             torch.mm(self.cotangent[:, 0, 0].T, self.constant[:, 0], out=target[0])
         else:
-            rows = self.cotangent.permute(2, 1, 3, 0).reshape(groups, m * b, n)
+            rows = self.cotangent.permute(2, 0, 1, 3).reshape(groups, n, m * b).transpose(1, 2)
             product = torch.bmm(rows, self.constant.transpose(0, 1)).view(groups, m, b, -1)
             product = product if self.constant_is_input else product.transpose(2, 3)
             target.copy_(product.transpose(0, 1).flatten(1, 2))
