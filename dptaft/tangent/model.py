@@ -42,6 +42,13 @@ class TangentModel(nn.Module):
             public seed, with a tangent of its own named ``fresh_cls_token``; for scopes ``last:k`` and
             ``attention:k``.
 
+    Attributes:
+        base: the frozen model.
+        scope: the scope.
+        names: timm's names of the linearised parameters.
+        cut: where the model is cut into a frozen part below and a linearised part above.
+        is_dual: whether one pass computes J theta, with every tangent visible to per-example gradient hooks.
+
     Raises:
         ValueError: for a scope that the model does not have, a fresh class token where there is none to
             replace, tied weights, or weights narrower than float32.
@@ -70,11 +77,11 @@ class TangentModel(nn.Module):
         narrow = {p.dtype for p in base.parameters()} - {torch.float32, torch.float64}
         if narrow:
             raise ValueError(f"tangents need float32 weights, the model has {narrow.pop()}; use base.float()")
-        self.base = base.requires_grad_(False).eval()
+        self.base = base
         self.names = tangent_parameter_names(base, self.scope)
         self.cut = find_cut(base, self.scope)
-        fresh = self._fresh_token(fresh_cls_token_seed)
-        self.register_buffer("fresh_token", fresh)
+        self.register_buffer("fresh_token", self._fresh_token(fresh_cls_token_seed))
+        base.requires_grad_(False).eval()
         self.fresh_tangent: TangentConstant | None = None
         self.tangent: nn.Module
         try:

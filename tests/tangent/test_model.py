@@ -229,8 +229,11 @@ def test_wrong_boundary_activations_are_refused(scope, shape):
 
 @pytest.mark.parametrize("scope", ["last:9", "attention:4", "last", "blocks:1"])
 def test_wrong_scopes_are_refused(scope):
+    base = build("class token").train()
     with pytest.raises(ValueError, match="scope"):
-        tangent_model(scope)
+        TangentModel(base, scope)
+    assert base.training
+    assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
