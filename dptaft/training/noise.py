@@ -25,9 +25,10 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NoReturn
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
@@ -63,10 +64,11 @@ class _Stream:
         self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
         self._zeros = bytes(8 * _CHUNK)
         self._buffer = bytearray(8 * _CHUNK + 16)
-        self._bits = torch.frombuffer(self._buffer, dtype=torch.int64, count=_CHUNK)
-        self._floats = torch.empty(_CHUNK, dtype=torch.float64)
-        self._sines = torch.empty(_CHUNK // 2, dtype=torch.float64)
-        self._ready = torch.empty(0, dtype=torch.int32)
+        self._bits = np.frombuffer(self._buffer, dtype=np.int64, count=_CHUNK)
+        self._floats = np.empty(_CHUNK)
+        self._scratch = np.empty(_CHUNK // 2)
+        self._pool = np.empty(0, dtype=np.int32)
+        self._next = self._end = 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -76,7 +78,7 @@ class _Stream:
 
     def _refill(self) -> None:
         self._encryptor.update_into(self._zeros, self._buffer)
-        self._bits.bitwise_and_(_MASK)
+        np.bitwise_and(self._bits, _MASK, out=self._bits)
 
     def _guard_fork(self) -> None:
         """A hook for sources whose key must not be shared with a forked process."""
@@ -85,15 +87,15 @@ class _Stream:
         """Independent uniform integers in [0, 2**63), int64, shape (count,)."""
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
-        out = torch.empty(count, dtype=torch.int64)
+        out = np.empty(count, dtype=np.int64)
         with self._lock:
             self._guard_fork()
             self._join()
             for start in range(0, count, _CHUNK):
                 self._refill()
                 part = out[start : start + _CHUNK]
-                part.copy_(self._bits[: len(part)])
-        return out
+                part[:] = self._bits[: len(part)]
+        return torch.from_numpy(out)
 
     def permutation(self, count: int) -> Tensor:
         """A uniformly random order of 0..count-1 (sorted 63-bit keys, drawn again while two are equal)."""
@@ -102,28 +104,41 @@ class _Stream:
             if count < 2 or bool((keys[1:] != keys[:-1]).all()):
                 return order
 
-    def _draw_units(self, count: int) -> Tensor:
-        """round(2**GRID_BITS * G) for `count` independent standard normals G, int32 (Box and Muller 1958)."""
-        out = torch.empty(count + count % 2, dtype=torch.int32)
-        half = _CHUNK // 2
-        radius, cosines, sines = self._floats[:half], self._floats[half:], self._sines
-        for start in range(0, len(out), _CHUNK):
-            self._refill()
-            self._floats.copy_(self._bits)
-            radius.add_(0.5).mul_(2.0**-63).log_().mul_(-2.0 * 4.0**GRID_BITS).sqrt_()
-            cosines.mul_(2.0 * math.pi * 2.0**-63)
-            torch.sin(cosines, out=sines)
-            cosines.cos_().mul_(radius).round_()
-            sines.mul_(radius).round_()
-            part = out[start : start + _CHUNK]
-            pairs = len(part) // 2
-            part[:pairs].copy_(cosines[:pairs])
-            part[pairs:].copy_(sines[:pairs])
-        return out[:count]
-
     def _fill(self, count: int) -> None:
-        drawn = self._draw_units(count)
-        self._ready = torch.cat([self._ready, drawn]) if len(self._ready) else drawn
+        """Put ``round(2**GRID_BITS * G)`` for `count` (or one more) standard normals G in the pool.
+
+        Box and Muller 1958: for uniform u and a uniform angle a, ``r = sqrt(-2 log u)`` gives
+        independent normals ``r cos a`` and ``r sin a``; with t = tan(a/2) and w = 2 r/(1 + t^2) these are
+        ``w - r`` and ``t w``.
+        """
+        count += count % 2
+        if count > len(self._pool):
+            self._pool = np.empty(count, dtype=np.int32)
+        half = _CHUNK // 2
+        radius, tangent, weight = self._floats[:half], self._floats[half:], self._scratch
+        for start in range(0, count, _CHUNK):
+            self._refill()
+            np.copyto(self._floats, self._bits)
+            radius += 0.5
+            radius *= 2.0**-63
+            np.log(radius, out=radius)
+            radius *= -2.0 * 4.0**GRID_BITS
+            np.sqrt(radius, out=radius)
+            tangent *= math.pi * 2.0**-63
+            tangent -= math.pi / 2.0
+            np.tan(tangent, out=tangent)
+            np.square(tangent, out=weight)
+            weight += 1.0
+            np.divide(radius, weight, out=weight)
+            weight *= 2.0
+            tangent *= weight
+            np.subtract(weight, radius, out=radius)
+            np.rint(self._floats, out=self._floats)
+            part = self._pool[start : min(start + _CHUNK, count)]
+            pairs = len(part) // 2
+            np.copyto(part[:pairs], radius[:pairs], casting="unsafe")
+            np.copyto(part[pairs:], tangent[:pairs], casting="unsafe")
+        self._next, self._end = 0, count
 
     def prefetch(self, count: int) -> None:
         """Draw `count` normals in a background thread, for the next call of `normal` or `gaussian_mechanism`.
@@ -132,8 +147,9 @@ class _Stream:
         """
         with self._lock:
             self._guard_fork()
-            if self._worker is None and count > len(self._ready):
-                self._worker = threading.Thread(target=self._fill, args=(count - len(self._ready),))
+            if self._worker is None and self._end - self._next < count:
+                self._next = self._end  # a rest is dropped, never used twice
+                self._worker = threading.Thread(target=self._fill, args=(count,))
                 self._worker.start()
 
     def _join(self) -> None:
@@ -141,15 +157,27 @@ class _Stream:
             self._worker.join()
             self._worker = None
 
-    def units(self, count: int) -> Tensor:
-        """`count` independent standard normals in units of 2**-GRID_BITS, rounded to integers, int32, CPU."""
+    def _chunks(self, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """`count` units in pieces, each used once: place in 0..count, and int32 values valid until the next."""
+        done = 0
         with self._lock:
             self._guard_fork()
             self._join()
-            if len(self._ready) < count:
-                self._fill(count - len(self._ready))
-            taken, self._ready = self._ready[:count], self._ready[count:]
-            return taken
+            while done < count:
+                if self._next == self._end:
+                    self._fill(_CHUNK)
+                size = min(count - done, self._end - self._next, _CHUNK)
+                piece = torch.from_numpy(self._pool[self._next : self._next + size])
+                self._next += size
+                yield slice(done, done + size), piece
+                done += size
+
+    def units(self, count: int) -> Tensor:
+        """`count` independent standard normals in units of 2**-GRID_BITS, rounded to integers, int32, CPU."""
+        out = torch.empty(count, dtype=torch.int32)
+        for where, piece in self._chunks(count):
+            out[where] = piece
+        return out
 
     def normal(self, shape: Iterable[int], std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Independent N(0, std^2) values of the given shape on the CPU (std: standard deviation, >= 0)."""
@@ -247,6 +275,7 @@ def gaussian_mechanism(
     sensitivity: float,
     noise_multiplier: float,
     source: _Stream,
+    out: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Release sums with Gaussian noise on a public grid (see the module text).
 
@@ -255,6 +284,7 @@ def gaussian_mechanism(
         sensitivity: L2 sensitivity of the joint vector.
         noise_multiplier: standard deviation divided by the sensitivity; 0 returns copies (no privacy).
         source: where the noise comes from.
+        out: contiguous tensors for the results, to be used again from step to step (default: new ones).
 
     Returns:
         Noised tensors of the same shapes, dtypes and devices.
@@ -273,9 +303,14 @@ def gaussian_mechanism(
             raise ValueError(
                 f"the sum for {name!r} is not finite; non-finite examples must be left out first"
             )
-    if std == 0:
-        return {name: value.clone() for name, value in values.items()}
-    return {name: _release(value, std * 2.0**-GRID_BITS, source) for name, value in values.items()}
+    if out is None:
+        out = {name: torch.empty_like(value.detach().contiguous()) for name, value in values.items()}
+    for name, value in values.items():
+        if std == 0:
+            out[name].copy_(value.detach())
+        else:
+            _release(value.detach(), std * 2.0**-GRID_BITS, source, out[name])
+    return dict(out)
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -283,15 +318,14 @@ def _is_finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
-def _release(value: Tensor, spacing: float, source: _Stream) -> Tensor:
-    units = source.units(value.numel())
-    flat = value.detach().reshape(-1)
-    out = torch.empty_like(flat)
-    step = _CHUNK if value.device.type == "cpu" else max(len(flat), 1)
-    buffer = torch.empty(min(step, len(flat)), dtype=torch.float64, device=value.device)
-    for start in range(0, len(flat), step):
-        part = slice(start, start + step)
-        cells = buffer[: len(flat[part])].copy_(flat[part])
-        cells.mul_(1.0 / spacing).clamp_(-_LARGEST_CELL, _LARGEST_CELL).round_()
-        out[part] = cells.add_(units[part].to(cells.device)).mul_(spacing)
-    return out.reshape(value.shape)
+def _release(value: Tensor, spacing: float, source: _Stream, out: Tensor) -> None:
+    flat, result = value.reshape(-1), out.view(-1)
+    on_cpu = value.device.type == "cpu"
+    pieces = source._chunks(len(flat)) if on_cpu else [(slice(None), source.units(len(flat)))]
+    size = min(len(flat), _CHUNK) if on_cpu else len(flat)
+    cells, noise = (torch.empty(size, dtype=torch.float64, device=value.device) for _ in range(2))
+    for where, piece in pieces:
+        count = len(piece)
+        sums, units = cells[:count].copy_(flat[where]), noise[:count].copy_(piece)
+        sums.mul_(1.0 / spacing).clamp_(-_LARGEST_CELL, _LARGEST_CELL).round_()
+        result[where] = sums.add_(units).mul_(spacing)

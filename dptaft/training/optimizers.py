@@ -174,6 +174,10 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):
         self.parameters_by_name = dict(parameters)
         self.adjacency: Adjacency = adjacency
         self.source = source
+        self._noised = {
+            name: torch.empty_like(p, memory_format=torch.contiguous_format).detach()
+            for name, p in parameters.items()
+        }
         self.dimension = sum(p.numel() for p in parameters.values())
         self._check_noise()
 
@@ -232,6 +236,7 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):
             sensitivity=l2_sensitivity(self.max_grad_norm, self.adjacency),
             noise_multiplier=self.noise_multiplier,
             source=self.source,
+            out=self._noised,
         )
         for name, p in self.parameters_by_name.items():
             p.grad = noised[name]
