@@ -83,14 +83,20 @@ def mark_finite(tensors: Mapping[str, Tensor]) -> Features:
     """Features with a boolean tensor ``finite``; the constants of an example that is not finite become zero.
 
     Operators give such an example a zero Jacobian and a zero offset, so that it contributes nothing to any
-    sum, whatever its cotangent: one broken record can neither stop a private run nor enter it.
+    sum, whatever its cotangent: one broken record can neither stop a private run nor enter it. (A sum over a
+    tensor is finite only if every entry is, and costs one fast pass; entries near the end of the range of
+    float32 count as broken too.)
 
     >>> f = mark_finite({"u": torch.tensor([[1.0, 2.0], [float("nan"), 3.0]])})
     >>> f["finite"].tolist(), f["u"].tolist()
     ([True, False], [[1.0, 2.0], [0.0, 0.0]])
     """
-    checks = [torch.isfinite(t.flatten(1)).all(1) for t in tensors.values() if t.is_floating_point()]
-    finite = torch.stack(checks).all(0)
+    sums = [
+        t.flatten(1).sum(1, dtype=torch.promote_types(t.dtype, torch.float32))
+        for t in tensors.values()
+        if t.is_floating_point()
+    ]
+    finite = torch.stack([torch.isfinite(total) for total in sums]).all(0)
     if not finite.all():
         tensors = {k: torch.where(finite.view(-1, *[1] * (t.ndim - 1)), t, 0) for k, t in tensors.items()}
     return Features(dict(tensors) | {"finite": finite})

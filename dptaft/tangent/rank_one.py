@@ -63,15 +63,15 @@ class Outer:
 
     def add_total(self, out: Mapping[str, Tensor]) -> None:
         """Write the sum over examples into the rows of ``out`` (m, *shape)."""
-        n, m, groups, b = self.cotangent.shape
-        target = out[self.weight][:, self.rows]
-        if groups == 1 and m == 1 and self.constant_is_input:
-            torch.mm(self.cotangent[:, 0, 0].T, self.constant[:, 0], out=target[0])
-        else:
-            rows = self.cotangent.permute(2, 0, 1, 3).reshape(groups, n, m * b).transpose(1, 2)
-            product = torch.bmm(rows, self.constant.transpose(0, 1)).view(groups, m, b, -1)
-            product = product if self.constant_is_input else product.transpose(2, 3)
-            target.copy_(product.transpose(0, 1).flatten(1, 2))
+        groups = self.constant.shape[1]
+        constant = self.constant.transpose(0, 1)
+        for i, target in enumerate(out[self.weight][:, self.rows]):
+            cotangent = self.cotangent[:, i].transpose(0, 1)
+            left, right = (cotangent, constant) if self.constant_is_input else (constant, cotangent)
+            if groups == 1:
+                torch.mm(left[0].T, right[0], out=target)
+            else:
+                torch.bmm(left.transpose(1, 2), right, out=target.unflatten(0, (groups, -1)))
         if self.bias is not None:
             torch.sum(self.cotangent.flatten(2), 0, out=out[self.bias][:, self.rows])
 
