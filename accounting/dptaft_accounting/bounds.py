@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from dptaft_accounting import _checks as check
 from dptaft_accounting.accountants.composition import composition_profile
-from dptaft_accounting.mechanisms import Mechanism
+from dptaft_accounting.mechanisms import Mechanism, PoissonGaussian
+from dptaft_accounting.profiles import GroupProfile
 from dptaft_accounting.tradeoff import GaussianProfile, Profile
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ class Bound:
     Attributes:
         name: which bound.
         epsilon: valid at the delta of the report, rounded up; infinity where the bound says nothing.
-        profile: the whole curve, where the bound has one.
+        profile: the whole curve.
     """
 
     name: str
     epsilon: float
-    profile: Profile | None
+    profile: Profile
 
     @property
     def mu(self) -> float | None:
@@ -60,7 +61,7 @@ class BoundReport:
         return self.best.name
 
     @property
-    def profile(self) -> Profile | None:
+    def profile(self) -> Profile:
         """Curve of the smallest bound."""
         return self.best.profile
 
@@ -74,6 +75,7 @@ def best_bound(
     certificate: ConvexityCertificate | None = None,
     *,
     delta: float,
+    records_per_unit: int = 1,
 ) -> BoundReport:
     """Returns every bound that holds for `mechanism`, smallest epsilon first.
 
@@ -81,6 +83,7 @@ def best_bound(
         mechanism: what happened.
         certificate: proof of convexity; without it only composition bounds are given.
         delta: failure probability, strictly between 0 and 1.
+        records_per_unit: largest number of records that one protected unit owns.
 
     Raises:
         MechanismError: the mechanism is unknown or a combination is unsound.
@@ -91,8 +94,36 @@ def best_bound(
     4.3771781
     """
     delta = check.probability("delta", delta)
-    found = [_bound("composition", composition_profile(mechanism), delta)]
-    return BoundReport(delta, tuple(sorted(found, key=lambda bound: bound.epsilon)))
+    size = check.whole("records_per_unit", records_per_unit)
+    curves = [("composition", _composition(mechanism, size))]
+    if certificate is not None:
+        from dptaft_accounting.accountants.last_iterate import last_iterate_bounds
+
+        found = last_iterate_bounds(mechanism, certificate, delta)
+        curves += [(name, group_profile(profile, size)) for name, profile in found]
+    bounds = [_bound(name, profile, delta) for name, profile in curves]
+    return BoundReport(delta, tuple(sorted(bounds, key=lambda bound: bound.epsilon)))
+
+
+def group_profile(profile: Profile, records_per_unit: int) -> Profile:
+    """Returns what a curve for one record says about units that own k records.
+
+    mu-GDP becomes k mu-GDP (Dong, Roth, Su 2022, Theorem 2.14); other curves use the generic conversion.
+    """
+    if records_per_unit == 1:
+        return profile
+    if isinstance(profile, GaussianProfile) and profile.residual_delta == 0:
+        return GaussianProfile(profile.mu * records_per_unit)
+    return GroupProfile(profile, records_per_unit)
+
+
+def _composition(mechanism: Mechanism, size: int) -> Profile:
+    if size > 1 and isinstance(mechanism, PoissonGaussian) and mechanism.sampling_rate < 1:
+        from dptaft_accounting.accountants.pld import Mixture, compose_mixtures
+
+        pair = Mixture.poisson(mechanism.noise_multiplier, mechanism.sampling_rate, group=size)
+        return compose_mixtures([(pair, mechanism.steps)])
+    return group_profile(composition_profile(mechanism), size)
 
 
 def _bound(name: str, profile: Profile, delta: float) -> Bound:

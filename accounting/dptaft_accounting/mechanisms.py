@@ -349,7 +349,7 @@ class RepeatAndSelect(Mechanism):
         base: what one candidate run costs.
         mean_candidates: E[K], at least 1.
         candidate_count: `truncated-negative-binomial` or `poisson`.
-        shape: eta of the truncated negative binomial (above -1; 0 logarithmic, 1 geometric); ignored for
+        shape: eta of the truncated negative binomial (at least 0; 0 logarithmic, 1 geometric); ignored for
             Poisson and then required to be 0.
     """
 
@@ -366,8 +366,8 @@ class RepeatAndSelect(Mechanism):
         shape = check.real("shape", self.shape, MechanismError)
         if self.candidate_count == "poisson" and shape != 0:
             raise MechanismError(f"shape {shape:g} has no meaning for a Poisson count; leave it at 0")
-        if shape <= -1:
-            raise MechanismError(f"shape must be greater than -1, got {shape:g}")
+        if shape < 0:
+            raise MechanismError(f"shape must be at least 0, got {shape:g}")
         if self.candidate_count != "poisson" and mean <= 1:
             raise MechanismError(
                 f"mean_candidates must exceed 1, got {mean:g}; account a single run by its base"

@@ -7,6 +7,7 @@ Groups: *claim*, *mechanism*, *accounting*, *risk*, *admin* (always) and *compos
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -15,16 +16,21 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dptaft_accounting import _checks as check
+from dptaft_accounting.accountants.crosscheck import cross_checks
 from dptaft_accounting.bounds import BoundReport, best_bound
 from dptaft_accounting.convexity import ConvexityCertificate
 from dptaft_accounting.errors import StatementError
-from dptaft_accounting.mechanisms import Mechanism, mechanism_from_dict
+from dptaft_accounting.gaussian_view import gaussian_view
+from dptaft_accounting.mechanisms import Mechanism, PoissonGaussian, mechanism_from_dict
 from dptaft_accounting.schema import validate
 from dptaft_accounting.tradeoff import Profile, advantage, bayes_error, tpr_at_fpr
 
 SCHEMA_VERSION = 1
+_TOLERANCE = 1e-6  # for numbers from other versions of numpy or scipy
 _FPRS = (1e-4, 1e-3, 1e-2, 1e-1)
 _DELTAS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+# the version may differ; a claimed epsilon may exceed the recomputed one, but not be below it
+_NOT_DERIVED = {("accounting", "version"), ("claim", "epsilon")}
 _GROUPS = (
     "claim",
     "mechanism",
@@ -94,6 +100,8 @@ class PrivacyStatement:
         *,
         certificate: ConvexityCertificate | None = None,
         unit: str = "one training record",
+        records_per_unit: int = 1,
+        cross_check: bool = True,
         claim: Mapping[str, Any] | None = None,
         details: Mapping[str, Any] | None = None,
         composition: Mapping[str, Any] | None = None,
@@ -109,6 +117,9 @@ class PrivacyStatement:
             delta: failure probability of the claim.
             certificate: proof of convexity, for last-iterate bounds.
             unit: what one protected unit is, in words.
+            records_per_unit: largest number of records that one unit owns.
+            cross_check: compare composition with independent accountants (a second or two) and record the
+                result.
             claim: further fields of the claim: `not_protected`, `public`, `data_accesses`.
             details: further fields of the mechanism group: `l2_clip_norm`, `noise_std`, `steps_executed`, ...
             composition: ledger entry, budget before and after, hyperparameter choice and cost.
@@ -121,13 +132,16 @@ class PrivacyStatement:
             StatementError: a field violates the schema or would overwrite a derived field.
             AccountingError: the mechanism cannot be accounted.
         """
-        report = best_bound(mechanism, certificate, delta=delta)
-        if math.isinf(report.epsilon) or report.profile is None:
+        report = best_bound(mechanism, certificate, delta=delta, records_per_unit=records_per_unit)
+        if math.isinf(report.epsilon):
             raise StatementError(f"no finite epsilon at delta {delta:g}; raise delta or the noise")
         return cls(
-            claim=_merge("claim", _claim(mechanism, report, unit), claim),
+            claim=_merge("claim", _claim(mechanism, report, unit, records_per_unit), claim),
             mechanism=_merge("mechanism", {"record": mechanism.to_dict()}, details),
-            accounting=_accounting(mechanism, report, certificate),
+            accounting={
+                **_accounting(mechanism, report, certificate, records_per_unit),
+                "cross_checks": _cross_checks(mechanism, delta) if cross_check else [],
+            },
             risk=_risk(report.profile),
             composition=dict(composition or {}),
             audit=dict(audit or {}),
@@ -165,45 +179,73 @@ class PrivacyStatement:
         mechanism = mechanism_from_dict(self.mechanism["record"])
         raw = self.accounting.get("certificate")
         certificate = None if raw is None else ConvexityCertificate.from_dict(raw)
-        report = best_bound(mechanism, certificate, delta=self.claim["delta"])
+        problems = _contradictions(self.mechanism, mechanism, certificate)
+        size = int(self.claim["records_per_unit"])
+        report = best_bound(mechanism, certificate, delta=self.claim["delta"], records_per_unit=size)
         claimed = float(self.claim["epsilon"])
-        problems = []
-        if claimed < report.epsilon:
+        if claimed < report.epsilon * (1 - _TOLERANCE):
             problems.append(f"claim.epsilon {claimed:g} is below the recomputed {report.epsilon:g}")
-        if math.isinf(report.epsilon) or report.profile is None:
+        if math.isinf(report.epsilon):
             return Recomputation(
                 report.epsilon, claimed, (*problems, "no finite epsilon follows from the record")
             )
         expected = {
-            "claim": _claim(mechanism, report, self.claim["unit"]),
-            "accounting": _accounting(mechanism, report, certificate),
+            "claim": _claim(mechanism, report, self.claim["unit"], size),
+            "accounting": _accounting(mechanism, report, certificate, size),
             "risk": _risk(report.profile),
         }
         for group, fields in expected.items():
             for name, value in fields.items():
-                if name in ("version", "cross_checks") or (group, name) == ("claim", "epsilon"):
+                if (group, name) in _NOT_DERIVED:
                     continue
                 if not _agree(getattr(self, group).get(name), value):
                     problems.append(f"{group}.{name} does not follow from the mechanism record")
         return Recomputation(report.epsilon, claimed, tuple(problems))
 
 
-def _claim(mechanism: Mechanism, report: BoundReport, unit: str) -> dict[str, Any]:
+def _contradictions(
+    group: Mapping[str, Any], mechanism: Mechanism, certificate: ConvexityCertificate | None
+) -> list[str]:
+    """Details of the mechanism group that contradict the record or the certificate."""
+    problems = []
+    clip, std = group.get("l2_clip_norm"), group.get("noise_std")
+    noise = getattr(mechanism, "noise_multiplier", None)
+    if isinstance(noise, float) and clip is not None and std is not None and std < noise * clip * (1 - 1e-6):
+        problems.append(
+            f"mechanism.noise_std {std:g} is below noise_multiplier x l2_clip_norm {noise * clip:g}"
+        )
+    executed, steps = group.get("steps_executed"), getattr(mechanism, "steps", None)
+    if executed is not None and steps is not None and executed > steps:
+        problems.append(f"mechanism.steps_executed {executed} exceeds the {steps} steps of the record")
+    if certificate is not None:
+        for name, value in (("l2_clip_norm", clip), ("normaliser", group.get("normaliser"))):
+            if value is not None and not math.isclose(value, getattr(certificate, name), rel_tol=1e-9):
+                problems.append(
+                    f"mechanism.{name} {value:g} is not the certificate's {getattr(certificate, name):g}"
+                )
+    return problems
+
+
+def _claim(mechanism: Mechanism, report: BoundReport, unit: str, records_per_unit: int) -> dict[str, Any]:
     return {
         "notion": "approximate differential privacy",
         "epsilon": report.epsilon,
         "delta": report.delta,
         "adjacency": mechanism.adjacency,
         "unit": unit,
-        "records_per_unit": 1,
+        "records_per_unit": records_per_unit,
         "released": getattr(mechanism, "released", "the result alone"),
     }
 
 
 def _accounting(
-    mechanism: Mechanism, report: BoundReport, certificate: ConvexityCertificate | None
+    mechanism: Mechanism,
+    report: BoundReport,
+    certificate: ConvexityCertificate | None,
+    records_per_unit: int,
 ) -> dict[str, Any]:
     composition = report.named("composition")
+    view = gaussian_view(report.profile, residual_delta=min(1e-9, report.delta * 1e-3))
     return {
         "bound": report.name,
         "accountant": "dptaft_accounting",
@@ -211,17 +253,44 @@ def _accounting(
         "error_direction": "upper bound",
         "bounds": [{"name": bound.name, "epsilon": _finite(bound.epsilon)} for bound in report.bounds],
         "delta_to_epsilon": _delta_to_epsilon(report),
+        "mu": None
+        if view is None
+        else {
+            "mu": check.round_up(view.mu),
+            "residual_delta": view.residual_delta,
+            "regret": check.round_up(view.regret),
+        },
         "epsilon_composition": None if composition is None else _finite(composition.epsilon),
+        "epsilon_without_amplification": _without_amplification(mechanism, report.delta, records_per_unit),
         "certificate": None if certificate is None else certificate.to_dict(),
     }
 
 
+def _without_amplification(mechanism: Mechanism, delta: float, records_per_unit: int) -> float | None:
+    """Epsilon by composition if every step had used every record; None where sampling plays no part."""
+    if not isinstance(mechanism, PoissonGaussian):
+        return None
+    everything = dataclasses.replace(mechanism, sampling_rate=1.0)
+    return _finite(best_bound(everything, delta=delta, records_per_unit=records_per_unit).epsilon)
+
+
+def _cross_checks(mechanism: Mechanism, delta: float) -> list[dict[str, Any]]:
+    epsilon = best_bound(mechanism, delta=delta).epsilon
+    return [
+        {
+            "accountant": result.accountant,
+            "version": result.version,
+            "bound": "composition",
+            "epsilon": result.epsilon,
+            "note": result.note,
+        }
+        for result in cross_checks(mechanism, delta, epsilon)
+    ]
+
+
 def _delta_to_epsilon(report: BoundReport) -> list[dict[str, Any]]:
     deltas = sorted({*_DELTAS, report.delta}, reverse=True)
-    profile = report.profile
-    if profile is None:
-        return []
-    return [{"delta": d, "epsilon": _finite(check.round_up(profile.epsilon(d)))} for d in deltas]
+    return [{"delta": d, "epsilon": _finite(check.round_up(report.profile.epsilon(d)))} for d in deltas]
 
 
 def _risk(profile: Profile) -> dict[str, Any]:
@@ -273,7 +342,7 @@ def _agree(given: Any, derived: Any) -> bool:
         return len(given) == len(derived) and all(_agree(a, b) for a, b in zip(given, derived, strict=True))
     if isinstance(given, float) or isinstance(derived, float):
         both = isinstance(given, (int, float)) and isinstance(derived, (int, float))
-        return both and math.isclose(given, derived, rel_tol=1e-6, abs_tol=1e-12)
+        return both and math.isclose(given, derived, rel_tol=_TOLERANCE, abs_tol=1e-12)
     return bool(given == derived)
 
 

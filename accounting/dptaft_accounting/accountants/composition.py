@@ -1,40 +1,75 @@
-"""Composition bounds: valid for any loss and optimiser, with every iterate released."""
+"""Composition bounds: valid for any loss and optimiser, with every iterate released.
+
+Closed form where the mechanism is exactly Gaussian; otherwise privacy loss distributions in both directions.
+"""
 
 from __future__ import annotations
 
-import math
-
+from dptaft_accounting.accountants.gaussian import gaussian_mu
 from dptaft_accounting.errors import MechanismError
-from dptaft_accounting.mechanisms import CyclicGaussian, FullBatchGaussian, Mechanism
+from dptaft_accounting.mechanisms import (
+    Mechanism,
+    ObjectivePerturbation,
+    ParallelComposition,
+    PoissonGaussian,
+    RepeatAndSelect,
+    SequenceComposition,
+)
+from dptaft_accounting.profiles import MaxProfile
 from dptaft_accounting.tradeoff import GaussianProfile, Profile
-
-_UP = 1 + 1e-14
-
-
-def gaussian_mu(mechanism: Mechanism) -> float | None:
-    """Returns mu where composition is exactly mu-GDP, else None.
-
-    Full batch: mu^2 = sum_t (s/z_t)^2 with s the sensitivity over the clip norm (Dong, Roth, Su 2022,
-    Corollary 3.3). Cyclic: a record takes part once per epoch, so E terms count, whichever batch holds it;
-    hiding the partition cannot hurt.
-
-    >>> gaussian_mu(FullBatchGaussian(noise_multiplier=2.0, steps=4))
-    1.00000000000001
-    """
-    if isinstance(mechanism, FullBatchGaussian):
-        return _UP * mechanism.sensitivity * math.sqrt(math.fsum(z**-2 for z in mechanism.noise_schedule))
-    if isinstance(mechanism, CyclicGaussian):
-        return _UP * mechanism.sensitivity * math.sqrt(mechanism.epochs) / mechanism.noise_multiplier
-    return None
 
 
 def composition_profile(mechanism: Mechanism) -> Profile:
     """Returns the curve of plain composition.
 
     Raises:
-        MechanismError: no composition bound is implemented for this mechanism.
+        MechanismError: the mechanism is not one of the known records.
     """
     mu = gaussian_mu(mechanism)
     if mu is not None:
         return GaussianProfile(mu)
+    if isinstance(mechanism, ParallelComposition):
+        return MaxProfile(tuple(composition_profile(part) for part in mechanism.parts))
+    if isinstance(mechanism, RepeatAndSelect):
+        from dptaft_accounting.accountants.selection import selection_profile
+
+        return selection_profile(mechanism)
+    if isinstance(mechanism, (PoissonGaussian, SequenceComposition, ObjectivePerturbation)):
+        return _numerical(mechanism)
     raise MechanismError(f"unknown mechanism {type(mechanism).__name__!r}; it cannot be accounted")
+
+
+def _numerical(mechanism: Mechanism) -> Profile:
+    from dptaft_accounting.accountants.one_shot import ObjectivePerturbationProfile
+    from dptaft_accounting.accountants.pld import Mixture, compose_all
+
+    mixtures: dict[Mixture, int] = {}
+    curves: dict[Profile, int] = {}
+    for part in _flatten(mechanism):
+        mu = gaussian_mu(part)
+        if mu is not None:
+            pair = Mixture.gaussian(mu)
+            mixtures[pair] = mixtures.get(pair, 0) + 1
+        elif isinstance(part, PoissonGaussian):
+            pair = Mixture.poisson(part.noise_multiplier, part.sampling_rate)
+            mixtures[pair] = mixtures.get(pair, 0) + part.steps
+        elif isinstance(part, ObjectivePerturbation):
+            curve: Profile = ObjectivePerturbationProfile.of(part)
+            curves[curve] = curves.get(curve, 0) + part.problems
+            if part.gradient_tolerance > 0:
+                # 2t/lambda between the two returned points, hidden by the output noise, in every problem
+                moved = 2 * part.gradient_tolerance / (part.regularization * part.output_noise_std)
+                pair = Mixture.gaussian(moved)
+                mixtures[pair] = mixtures.get(pair, 0) + part.problems
+        else:
+            curve = composition_profile(part)
+            curves[curve] = curves.get(curve, 0) + 1
+    if not mixtures and list(curves.values()) == [1]:
+        return next(iter(curves))
+    return compose_all(list(mixtures.items()), list(curves.items()))
+
+
+def _flatten(mechanism: Mechanism) -> list[Mechanism]:
+    if isinstance(mechanism, SequenceComposition):
+        return [leaf for part in mechanism.parts for leaf in _flatten(part)]
+    return [mechanism]

@@ -1,0 +1,47 @@
+"""Mechanisms whose composition is exactly mu-GDP, in closed form."""
+
+from __future__ import annotations
+
+import math
+
+from dptaft_accounting.mechanisms import (
+    CyclicGaussian,
+    FullBatchGaussian,
+    Mechanism,
+    OutputPerturbation,
+    PoissonGaussian,
+    SequenceComposition,
+)
+
+_UP = 1 + 1e-14
+
+
+def gaussian_mu(mechanism: Mechanism) -> float | None:
+    """Returns mu where composition is exactly mu-GDP, else None.
+
+    Full batch: mu^2 = sum_t (s/z_t)^2 with s the sensitivity over the clip norm (Dong, Roth, Su 2022,
+    Corollary 3.3).
+    Cyclic: a record takes part once per epoch, whichever batch holds it, so E terms count; hiding the
+    partition cannot hurt. Output perturbation: the minimiser of a lambda-strongly convex mean moves by at
+    most s L/(n lambda) (Chaudhuri, Monteleoni, Sarwate 2011, Corollary 8), plus t/lambda on either side for
+    a gradient of norm t.
+    Poisson: only for p = 1. Sequences add mu^2.
+
+    >>> round(gaussian_mu(FullBatchGaussian(noise_multiplier=2.0, steps=4)), 9)
+    1.0
+    """
+    if isinstance(mechanism, FullBatchGaussian):
+        return _UP * mechanism.sensitivity * math.sqrt(math.fsum(z**-2 for z in mechanism.noise_schedule))
+    if isinstance(mechanism, CyclicGaussian):
+        return _UP * mechanism.sensitivity * math.sqrt(mechanism.epochs) / mechanism.noise_multiplier
+    if isinstance(mechanism, PoissonGaussian) and mechanism.sampling_rate == 1:
+        return _UP * math.sqrt(mechanism.steps) / mechanism.noise_multiplier
+    if isinstance(mechanism, OutputPerturbation):
+        moved = mechanism.sensitivity * mechanism.gradient_bound / mechanism.records
+        moved += 2 * mechanism.gradient_tolerance
+        return _UP * moved / (mechanism.regularization * mechanism.noise_std)
+    if isinstance(mechanism, SequenceComposition):
+        mus = [gaussian_mu(part) for part in mechanism.parts]
+        if all(mu is not None for mu in mus):
+            return _UP * math.sqrt(math.fsum(mu * mu for mu in mus if mu is not None))
+    return None

@@ -1,0 +1,207 @@
+"""Last iterate of Poisson-sampled noisy gradient descent: shifted interpolation with hidden participation.
+
+Setting (units of the noise of one step). X_k = Pi[psi_R(X_{k-1}) + V_k w(X_{k-1}) + Z_k] with V_k ~ Bern(p)
+the participation of the differing record, |w| <= 1/z, X'_k = Pi[psi_R(X'_{k-1}) + Z_k], one start, every
+psi_R c-Lipschitz. R (the other records), V and Z are independent.
+
+Theorem. For every v in {0,1}^T choose a_k(v) >= 0, depending on v_1..v_k only through any rule, such that
+b_k = c b_{k-1} + v_k/z - a_k >= 0 with b_0 = b_T = 0. Then for every convex F, with L = dP_{X_T}/dP_{X'_T},
+
+    E_{X'}[F(L)] <= E[F(sum_v Pr[V = v] exp(<a(v), g> - |a(v)|^2/2))],   g ~ N(0, I_T).
+
+So the pair (X_T, X'_T), in both orders, is dominated by (sum_v Pr[v] N(a(v), I), N(0, I)).
+
+Proof. Fix R; joint convexity allows it, as R has one law in both worlds. Let X~_0 = X'_0 and
+X~_k = Pi[psi(X~_{k-1}) + theta_k + Z_k], where theta_k is the part of q_k = psi(X_{k-1}) + V_k w(X_{k-1}) -
+psi(X~_{k-1}) of length at most a_k. By induction |X_k - X~_k| <= b_k, for |q_k| <= c b_{k-1} + V_k/z and Pi
+does not expand; hence X~_T = X_T. Reveal the points before projection. Given V, theta_k is a function of the
+revealed past, |theta_k| <= a_k, and without theta the process is X'. So the likelihood ratio given the past
+is sum_v y_v with weights y_v that one step multiplies by exp(<theta_v, Z> - |theta_v|^2/2). Let u_k(y) =
+E[F(sum_v y_v exp(sum_{i>k} (a_i(v) g_i - a_i(v)^2/2)))]. Its mixed second derivatives are nonnegative, since
+F is convex, and <theta_v, theta_v'> <= a_k(v) a_k(v'). Kahane's inequality (1986, "Une inegalite du type de
+Slepian et Gordon"), applied to one step at a time from the last to the first, shows that the adaptive vector
+drifts give at most u_0. F(L) = max(0, L - e^eps) and max(0, 1 - e^eps L) are the two hockey-stick
+divergences.
+
+The same inequality shows that the bound only grows when an a_k(v) grows, so shifts may be rounded up.
+
+Choice of a. Count steps from the end, n = T - k, weight R = c^n. The condition on b says that what
+participation at n contributes, c^n/z, is absorbed (weighted by R) at steps not before it. The steps are cut
+into blocks: participations in the last K steps are absorbed at once, using a share w of the noise there;
+those in each older block are absorbed together along the direction R in the next younger block, the block
+before the last K steps in the remaining share 1-w (the noise is the sum of two independent ones; revealing
+both is post-processing in reverse). All absorbing directions are orthogonal, so the dominating pair is a
+product of one-dimensional mixtures against N(0, 1):
+
+    S_p(G(1/(z sqrt(w))))^K  (x)  over blocks of the law of  sum_n V_n c^n / (z |R_absorbing block|).
+
+Where iterates live in a set of diameter D, the oldest block contributes at most c^n D. Fixing all V = 1
+instead of hiding them, and absorbing in the last step alone, gives a weaker bound that worst-case coupling
+would give as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dptaft_accounting.accountants.pld import LossPmf, Mixture, PldProfile, compose, discretise_wide
+
+Array = NDArray[np.float64]
+
+_TAIL = 1e-17
+_NEGLIGIBLE = 1e-10  # total weight of steps so old that full participation is assumed
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """How finely a bound is evaluated; coarser is still valid, only larger."""
+
+    interval: float
+    knots: int
+    shifts: int
+    lattice: int
+    spacing: float
+
+
+_COARSE = Resolution(interval=4e-3, knots=1000, shifts=60, lattice=1 << 11, spacing=0.05)
+_FINE = Resolution(interval=1e-3, knots=3000, shifts=120, lattice=1 << 12, spacing=0.02)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Parameters of the theorem; `diameter` is D in units of the noise of one step."""
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    contraction: float
+    diameter: float = math.inf
+
+    @property
+    def horizon(self) -> int:
+        """Number of final steps beyond which full participation is assumed."""
+        c = self.contraction
+        if c == 0:
+            return min(self.steps, 1)
+        return min(self.steps, 1 + math.ceil(math.log(_NEGLIGIBLE * (1 - c)) / math.log(c)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Cut of the steps: `immediate` last ones with noise share `share`, then blocks growing by `growth`."""
+
+    immediate: int
+    share: float
+    growth: float
+
+    def blocks(self, horizon: int) -> list[tuple[int, int]]:
+        """Ranges [first, last) of steps from the end, youngest block first; the oldest takes what is left."""
+        ranges: list[tuple[int, int]] = []
+        first, size = self.immediate, self.immediate * self.growth
+        while first < horizon:
+            last = first + max(1, math.ceil(size))
+            if last + size * self.growth / 2 >= horizon:
+                last = horizon
+            ranges.append((first, last))
+            first, size = last, size * self.growth
+        return ranges
+
+
+def hidden_participation_profile(problem: Problem, delta: float) -> PldProfile:
+    """Returns the curve of the best layout found for epsilon at `delta`; every layout is a valid bound.
+
+    Args:
+        problem: contraction strictly below 1.
+        delta: where the search looks; the curve is valid everywhere.
+    """
+    best = min(_layouts(problem), key=lambda layout: _epsilon(problem, layout, delta))
+    return evaluate(problem, best, _FINE)
+
+
+def _epsilon(problem: Problem, layout: Layout, delta: float) -> float:
+    return evaluate(problem, layout, _COARSE).epsilon(delta)
+
+
+def _layouts(problem: Problem) -> Iterator[Layout]:
+    horizon = problem.horizon
+    if horizon <= 2:
+        yield Layout(horizon, 1.0, 2.0)
+        return
+    scale = min(float(horizon), 1 / (1 - problem.contraction))
+    sizes = sorted({max(1, min(horizon - 1, round(scale * f))) for f in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)})
+    for size in sizes:
+        for share in (0.6, 0.75, 0.9):
+            yield Layout(size, share, 2.0)
+
+
+def evaluate(problem: Problem, layout: Layout, resolution: Resolution) -> PldProfile:
+    """Returns the curve that one layout proves."""
+    p, z, c = problem.sampling_rate, problem.noise_multiplier, problem.contraction
+    count = min(layout.immediate, problem.steps)
+    blocks = layout.blocks(problem.horizon)
+    share = layout.share if blocks else 1.0
+    interval = max(resolution.interval, 1e-4 / z)
+    step = Mixture.poisson(z * math.sqrt(share), p).pmfs(interval)
+    parts: list[tuple[tuple[LossPmf, LossPmf], int]] = [(step, count)]
+    absorbing, free = (0, count), 1 - share
+    for first, last in blocks:
+        energy = free * math.fsum(c ** (2 * n) for n in range(*absorbing))
+        shifts, weights, lost = _absorbed(problem, first, last, last == blocks[-1][1], resolution)
+        pair = discretise_wide(shifts / math.sqrt(energy), weights, lost, interval, resolution.knots)
+        parts.append((pair, 1))
+        absorbing, free = (first, last), 1.0
+    return PldProfile(
+        compose([(pair[0], count) for pair, count in parts]),
+        compose([(pair[1], count) for pair, count in parts]),
+    )
+
+
+def _absorbed(
+    problem: Problem, first: int, last: int, oldest: bool, resolution: Resolution
+) -> tuple[Array, Array, float]:
+    """Law of sum_n V_n c^n / z over a block: support rounded up, weights, and mass left out."""
+    c, p = problem.contraction, problem.sampling_rate
+    powers = c ** np.arange(first, last, dtype=np.float64) / problem.noise_multiplier
+    group = np.floor(np.log(powers[0] / powers) / resolution.spacing)
+    _, where, counts = np.unique(group, return_index=True, return_counts=True)
+    jumps = powers[where]  # the largest of each group
+    support, weights, lost = _binomial_sum(jumps, counts, p, resolution.lattice)
+    if oldest and problem.horizon < problem.steps:
+        support = support + c**problem.horizon / (1 - c) / problem.noise_multiplier
+    if oldest:
+        support = np.minimum(support, c**first * problem.diameter)
+    merged, masses = _coarsen(np.asarray(support, dtype=np.float64), weights, resolution.shifts)
+    return merged, masses, lost
+
+
+def _binomial_sum(jumps: Array, counts: NDArray[np.int64], p: float, size: int) -> tuple[Array, Array, float]:
+    """Law of sum_i Binomial(counts_i, p) jumps_i on a lattice, every jump rounded up."""
+    total = float(np.sum(jumps * counts))
+    orders = np.geomspace(0.05, 500, 120) / float(np.max(jumps))
+    with np.errstate(over="ignore"):
+        growth = np.expm1(np.minimum(np.outer(orders, jumps), 600))
+    moments = np.log1p(p * growth) @ counts
+    cap = min(total, float(np.min((moments - math.log(_TAIL)) / orders)))
+    grid = cap / (size // 2 - 1 - len(jumps))
+    index = np.ceil(jumps / grid).astype(np.int64)
+    angle = 2 * math.pi * (np.outer(np.arange(size // 2 + 1), index) % size) / size
+    log_transform = np.log1p(p * (np.exp(-1j * angle) - 1)) @ counts
+    weights = np.clip(np.fft.irfft(np.exp(log_transform), size), 0.0, None)
+    return np.asarray(grid * np.arange(size), dtype=np.float64), weights, _TAIL + 1e-15
+
+
+def _coarsen(support: Array, weights: Array, points: int) -> tuple[Array, Array]:
+    """Merges support points upward into at most `points`, finer where the mass is."""
+    cumulative = np.cumsum(weights)
+    top = int(np.searchsorted(cumulative, cumulative[-1] - 1e-18)) + 1
+    top = min(top, len(support) - 1)
+    ends = np.unique(np.ceil(np.linspace(0, 1, points) ** 1.5 * top).astype(np.int64))
+    ends = np.append(ends[ends < len(support) - 1], len(support) - 1)
+    merged = np.diff(np.append(0.0, cumulative[ends]))
+    keep = merged > 0
+    return support[ends][keep], merged[keep]
