@@ -110,6 +110,24 @@ class ClippedSum:
         )
 
 
+def require_finite_start(clipped: ClippedSum, batch_size: int) -> None:
+    """Refuse to train where no example of the first non-empty batch has a finite gradient.
+
+    Whether this error appears depends on the data; it stops the run before anything is released.
+
+    Raises:
+        ValueError: every gradient of the batch was left out.
+
+    Example:
+        >>> require_finite_start(ClippedSum({}, 1.0, num_nonfinite=1), batch_size=2)
+    """
+    if batch_size and clipped.num_nonfinite >= batch_size * (clipped.members or 1):
+        raise ValueError(
+            "the gradient of every example is not finite before the first step; check the images, the "
+            "backbone's weights and the loss"
+        )
+
+
 class PhysicalBatches:
     """Works through a batch in pieces that fit in memory; the pieces never change what is computed.
 

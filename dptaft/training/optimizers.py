@@ -289,6 +289,22 @@ def build_optimizer(
     )
 
 
+def member_parameters(stacked: Mapping[str, Tensor], index: int) -> dict[str, nn.Parameter]:
+    """Parameters that share memory with one weight vector on the members axis of `stacked`.
+
+    With one optimiser per member (its own noise, learning rate, schedules) and one engine for all, a sweep
+    takes one pass over the features per step.
+
+    Example:
+        >>> stacked = {"w": torch.zeros(2, 3)}
+        >>> with torch.no_grad():
+        ...     _ = member_parameters(stacked, 1)["w"].fill_(5.0)
+        >>> stacked["w"].sum(1).tolist()
+        [0.0, 15.0]
+    """
+    return {name: nn.Parameter(value.detach()[index]) for name, value in stacked.items()}
+
+
 class IterateAverage:
     """Average of iterates: post-processing of noised steps, not allowed under last-iterate bounds.
 

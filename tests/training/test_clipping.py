@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from dptaft.training.clipping import FLOAT_SLACK, ClippedSum, clip_factors, l2_sensitivity
+from dptaft.training.clipping import (
+    FLOAT_SLACK,
+    ClippedSum,
+    PhysicalBatches,
+    clip_factors,
+    l2_sensitivity,
+    require_finite_start,
+)
 
 
 def test_clipped_vectors_are_at_most_the_clip_norm_and_short_ones_untouched():
@@ -61,3 +68,41 @@ def test_merging_adds_values_and_keeps_the_sensitivity():
 
 def test_private_count_is_not_shown():
     assert "37" not in repr(ClippedSum({}, 1.0, num_nonfinite=37))
+
+
+def test_a_start_without_any_finite_gradient_is_refused():
+    require_finite_start(ClippedSum({}, 1.0, num_nonfinite=3), 4)
+    require_finite_start(ClippedSum({}, 1.0), 0)
+    require_finite_start(ClippedSum({}, 1.0, members=2, num_nonfinite=4), 4)
+    for bad in (ClippedSum({}, 1.0, num_nonfinite=4), ClippedSum({}, 1.0, members=2, num_nonfinite=8)):
+        with pytest.raises(ValueError, match="gradient of every example is not finite"):
+            require_finite_start(bad, 4)
+
+
+def test_member_of_a_sum_without_members():
+    with pytest.raises(ValueError, match="no members axis"):
+        ClippedSum({"w": torch.ones(2)}, 1.0).member(0)
+
+
+def test_physical_batches_halve_only_when_memory_runs_out():
+    seen = []
+
+    def piece(start, stop):
+        if stop - start > 2:
+            raise MemoryError
+        seen.append((start, stop))
+
+    batches = PhysicalBatches(9)
+    batches.run(9, piece)
+    assert seen == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
+    assert batches.size == 2
+
+    def broken(start, stop):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        batches.run(3, broken)
+    with pytest.raises(ValueError, match="physical_batch_size"):
+        PhysicalBatches(0)
+    with pytest.raises(MemoryError):
+        PhysicalBatches(1).run(1, lambda start, stop: (_ for _ in ()).throw(MemoryError()))

@@ -11,7 +11,7 @@ from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import CrossEntropy
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
 from dptaft.training.opacus_engine import FromBoundary, OpacusEngine
-from dptaft.training.optimizers import OptimizerConfig, build_optimizer
+from dptaft.training.optimizers import OptimizerConfig, build_optimizer, member_parameters
 from dptaft.training.sampling import Poisson
 
 COUNT, CLASSES, STEPS = 20, 4, 6
@@ -113,3 +113,32 @@ def test_empty_poisson_batches_move_every_weight(kind):
     sampler = Poisson(COUNT, 1e-9, NoiseSource())
     moved = train(kind, "head", 1.0, noise_multiplier=1.0, source=NoiseSource(), sampler=sampler)
     assert all(bool((value != 0).all()) for value in moved.values())
+
+
+def test_members_of_a_sweep_train_like_separate_runs():
+    config = [OptimizerConfig("momentum", 0.01), OptimizerConfig("adam", 0.02)]
+
+    def optimizer_for(parameters, member):
+        return build_optimizer(
+            parameters,
+            config[member],
+            noise_multiplier=1.0 + member,
+            l2_clip_norm=0.1,
+            expected_batch_size=10.0,
+            source=InsecureSeededNoise(member),
+        )
+
+    engine, *_ = setup("fused", "last:1", 0.1)
+    stacked = engine.initial_theta(members=2)
+    optimizers = [optimizer_for(member_parameters(stacked, member), member) for member in range(2)]
+    for _ in range(STEPS):
+        clipped = engine.clipped_sum(stacked, torch.arange(COUNT))
+        for member, optimizer in enumerate(optimizers):
+            optimizer.private_step(clipped.member(member))
+    for member in range(2):
+        alone = {name: nn.Parameter(value) for name, value in engine.initial_theta().items()}
+        optimizer = optimizer_for(alone, member)
+        for _ in range(STEPS):
+            optimizer.private_step(engine.clipped_sum(alone, torch.arange(COUNT)))
+        for name, p in alone.items():
+            torch.testing.assert_close(stacked[name][member], p.detach(), rtol=1e-4, atol=1e-5)
