@@ -13,13 +13,11 @@ network, 100 classes, and memory.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -222,24 +220,36 @@ def through_network(images: int, device: str) -> dict[str, Any]:
     return found
 
 
-def peak_memory(kind: str, batch: int) -> float:
-    """MiB above the resting process that one step of `kind` needs, measured in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory-of", kind, "--batch", str(batch)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout)
-
-
-def _memory_of(kind: str, batch: int) -> float:
-    setting = Setting(batch)
-    private, ordinary, _ = setting.fused() if kind in ("fused", "nonprivate") else (None, None, None)
-    step = {"fused": private, "nonprivate": ordinary}.get(kind) or setting.opacus(kind, batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def step_memory(step: Callable[[], None]) -> float | None:
+    """MiB that a step needs beyond what is there before it (Linux with glibc: peak of resident memory)."""
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    step()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
+
+
+def memory(batch: int, device: str) -> dict[str, Any]:
+    """Memory of one step by every engine."""
+    setting = Setting(batch, device=device)
+    private, ordinary, dimension = setting.fused()
+    found: dict[str, Any] = {"batch": batch, "one_gradient": 4 * dimension / 2**20}
+    found |= {"nonprivate": step_memory(ordinary), "fused": step_memory(private)}
+    for method in ("hooks", "ghost"):
+        step = setting.opacus(method, batch)
+        found[method] = step_memory(step)
+        step.close()  # type: ignore[attr-defined]
+    return found
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -271,9 +281,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.full:
         found["classes_100"] = compare(256, 2 * PIECE, rounds=rounds, classes=100, device=device)
         found["through_whole_network"] = through_network(PIECE, device)
-        kinds = ("nonprivate", "fused", "hooks", "ghost")
-        found["step_memory_mib"] = {kind: peak_memory(kind, 64) for kind in kinds}
-        found["step_memory_batch"] = 64
+        found["step_memory_mib"] = memory(PIECE, device)
     return found
 
 
@@ -288,12 +296,8 @@ def main() -> None:
     parser.add_argument("--output", help="also write the JSON object to this file")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.memory_of:
-        print(_memory_of(arguments.memory_of, arguments.batch))
-        return
     found = run(arguments)
     text = json.dumps(found, indent=None if arguments.json and not arguments.output else 2)
     if arguments.output:
