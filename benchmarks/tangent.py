@@ -120,7 +120,7 @@ def measure(
     network = VisionTransformer(num_classes=classes, **GEOMETRIES[geometry]).to(device).eval()
     everything, last = TangentModel(network, "all"), TangentModel(network, "last:1")
     trained = copy.deepcopy(network)  # frozen by now, but for the parts that training_step trains
-    few, many, n_block = (1, 64, 8) if quick else (4, 128, 16)
+    few, many, n_block = (1, 64, 8) if quick else (2, 128, 16)
     images = torch.randn(few, 3, 224, 224, device=device)
     boundary = torch.randn(many, 197, network.embed_dim, device=device)
     labels = torch.arange(many, device=device) % classes
@@ -153,8 +153,23 @@ def measure(
         "features_megabytes_per_image": round(sizes["fast"] / 1e6, 3),
         "tokens_features_megabytes_per_image": round(sizes["tokens"] / 1e6, 3),
         "boundary_megabytes_per_image": round(boundary[0].nbytes / 1e6, 3),
+        "block_step_saved_megabytes_per_image": round(saved_megabytes(work["block_step"]) / n_block, 3),
         "milliseconds_per_image": {name: round(1e3 * value, 4) for name, value in per_image.items()},
     }
+
+
+def saved_megabytes(task: Work) -> float:
+    """Activations that autograd keeps for the backward pass of the task, each storage counted once."""
+    storages: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        task()
+    return sum(storages.values()) / 1e6
 
 
 def ratios(seconds: dict[str, float]) -> dict[str, float]:

@@ -11,14 +11,14 @@ from dptaft.tangent.head_operator import HeadOperator
 from dptaft.tangent.model import TangentModel
 from dptaft.tangent.operator import TangentOperator
 
-_MEMORY_FOR_SPEED = 1.5
+_MEMORY_FOR_SPEED = 2
 
 
 def tangent_operator(model: TangentModel) -> TangentOperator:
     """The head operator, the compiled last block, or the dual operator; ``kind`` of the result says which.
 
     The boundary that the operator extracts from is always ``model.boundary(images)``. The last block is
-    compiled to factors per class where they take at most 1.5 times the memory of its tokens (few classes),
+    compiled to factors per class where they take at most twice the memory of its tokens (few classes),
     and kept as tokens otherwise.
 
     >>> import timm
@@ -27,7 +27,7 @@ def tangent_operator(model: TangentModel) -> TangentOperator:
     ['head', 'compiled', 'dual']
     """
     faster = {"features": HeadOperator, "tokens": _compiled}.get(model.cut.kind)
-    if faster is not None and model.fresh_token is None:
+    if faster is not None:
         try:
             operator = faster(model.base)
         except ValueError:
