@@ -1,0 +1,298 @@
+"""`dptaft budget`: what a training plan would cost, or what noise a budget needs, without training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Context, Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dptaft_accounting import BoundReport, ConvexityCertificate, Mechanism
+
+SAMPLINGS = ("full-batch", "poisson", "cyclic")
+_TABLE_EPSILONS = (1.0, 2.0, 3.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training plan; the noise multiplier stays open until it is given or calibrated."""
+
+    sampling: str
+    records: int
+    batch_size: int
+    steps: int
+    delta: float
+    adjacency: str
+    clip_norm: float
+    convex: Mapping[str, Any] | None
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data, rounded up (cyclic batches)."""
+        return math.ceil(self.steps / self.batches)
+
+    @property
+    def batches(self) -> int:
+        """Disjoint batches per epoch (cyclic batches)."""
+        return max(1, math.ceil(self.records / self.batch_size))
+
+    def mechanism(self, noise_multiplier: float) -> Mechanism:
+        """The mechanism of this plan at one noise multiplier."""
+        from dptaft_accounting import CyclicGaussian, FullBatchGaussian, PoissonGaussian
+
+        released = "all-iterates" if self.convex is None else "last-iterate"
+        if self.sampling == "poisson":
+            rate = min(1.0, self.batch_size / self.records)
+            return PoissonGaussian(noise_multiplier, rate, self.steps, self.adjacency, released)
+        if self.sampling == "cyclic":
+            return CyclicGaussian(
+                noise_multiplier,
+                self.batches,
+                self.epochs,
+                adjacency=self.adjacency,
+                released=released,
+            )
+        return FullBatchGaussian(noise_multiplier, self.steps, self.adjacency, released)
+
+    def certificate(self) -> ConvexityCertificate | None:
+        """The convexity certificate of a convex plan."""
+        from dptaft_accounting import ConvexityCertificate
+
+        if self.convex is None:
+            return None
+        p = self.batch_size / self.records
+        extra: dict[str, Any] = {}
+        if self.sampling == "poisson":
+            # twelve standard deviations: the chance of a larger batch is negligible beside any delta
+            largest = min(self.records, math.ceil(self.batch_size + 12 * math.sqrt(self.batch_size) + 30))
+            extra = {"sampling_rate": min(1.0, p), "max_batch_size": largest}
+        elif self.sampling == "cyclic":
+            extra = {"batches_per_epoch": self.batches}
+        return ConvexityCertificate.issue(
+            l2_clip_norm=self.clip_norm,
+            normaliser=float(self.records if self.sampling == "full-batch" else self.batch_size),
+            sampling=self.sampling,
+            steps=self.epochs * self.batches if self.sampling == "cyclic" else self.steps,
+            records=self.records,
+            adjacency=self.adjacency,
+            **extra,
+            **self.convex,
+        )
+
+    def report(self, noise_multiplier: float) -> BoundReport:
+        """All bounds of this plan at one noise multiplier."""
+        from dptaft_accounting import best_bound
+
+        return best_bound(self.mechanism(noise_multiplier), self.certificate(), delta=self.delta)
+
+    def calibrate(self, epsilon: float) -> float:
+        """The noise multiplier that reaches `epsilon`."""
+        from dptaft_accounting import Target, calibrate_noise_multiplier
+
+        target = Target(epsilon=epsilon, delta=self.delta)
+        return calibrate_noise_multiplier(self.mechanism, target, certificate=self.certificate())
+
+
+def _summary(plan: Plan, noise_multiplier: float) -> dict[str, Any]:
+    from dptaft_accounting.tradeoff import risk
+
+    report = plan.report(noise_multiplier)
+    danger = risk(report.profile)
+    divisor = plan.records if plan.sampling == "full-batch" else plan.batch_size
+    return {
+        "epsilon": report.epsilon if math.isfinite(report.epsilon) else None,
+        "delta": plan.delta,
+        "adjacency": plan.adjacency,
+        "released": "all iterates" if plan.convex is None else "last iterate",
+        "bound": report.name,
+        "bounds": {b.name: b.epsilon if math.isfinite(b.epsilon) else None for b in report.bounds},
+        "noise_multiplier": noise_multiplier,
+        "noise_std_on_average_gradient": noise_multiplier * plan.clip_norm / divisor,
+        "mu": report.best.mu,
+        "advantage": danger.advantage,
+        "bayes_error": danger.bayes_error,
+        "tpr_at_fpr": {f"{fpr:g}": tpr for fpr, tpr in danger.tpr_at_fpr.items()},
+        "mechanism": plan.mechanism(noise_multiplier).to_dict(),
+    }
+
+
+def _what_if(plan: Plan, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Noise that each combination of epsilon, steps and batch size needs."""
+    rows = []
+    sizes = [plan.batch_size]
+    if plan.sampling != "full-batch":
+        sizes = sorted(
+            {max(1, plan.batch_size // 2), plan.batch_size, min(plan.records, 2 * plan.batch_size)}
+        )
+    for size in sizes:
+        for steps in sorted({max(1, plan.steps // 2), plan.steps, 2 * plan.steps}):
+            other = replace(plan, batch_size=size, steps=steps)
+            divisor = plan.records if plan.sampling == "full-batch" else size
+            for epsilon in epsilons:
+                noise = other.calibrate(epsilon)
+                rows.append(
+                    {
+                        "epsilon": epsilon,
+                        "steps": steps,
+                        "batch_size": size,
+                        "noise_multiplier": noise,
+                        "noise_std_on_average_gradient": noise * plan.clip_norm / divisor,
+                    }
+                )
+    return rows
+
+
+def _plot(plan: Plan, noise_multiplier: float, path: Path) -> None:
+    """Draws epsilon against steps: composition, and the best bound of the last iterate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = 8 if plan.sampling == "poisson" and plan.convex else 16
+    ratio = plan.steps ** (1 / (count - 1)) if plan.steps > 1 else 1.0
+    steps = sorted({max(1, round(ratio**k)) for k in range(count)} | {plan.steps})
+    composition, last = [], []
+    for number in steps:
+        report = replace(plan, steps=number).report(noise_multiplier)
+        composition.append(next(b.epsilon for b in report.bounds if b.name == "composition"))
+        last.append(report.epsilon)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, composition, marker="o", label="composition (all iterates released)")
+    if plan.convex is not None:
+        axes.plot(steps, last, marker="s", label="last iterate, convex loss")
+    axes.set(xscale="log", xlabel="steps", ylabel=f"epsilon at delta {plan.delta:g}", ylim=(0, None))
+    axes.set_title(f"{plan.sampling}, noise multiplier {noise_multiplier:.4g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def _up(value: float | None, digits: int) -> str:
+    """Formats with `digits` significant digits, rounded up; a shown bound never flatters."""
+    if value is None:
+        return "infinite"
+    return str(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(value)).normalize() + 0)
+
+
+def _print_summary(summary: Mapping[str, Any]) -> None:
+    click.echo(f"epsilon            {_up(summary['epsilon'], 6)} at delta {summary['delta']:g}")
+    click.echo(f"adjacency          {summary['adjacency']}, released: {summary['released']}")
+    click.echo(f"bound              {summary['bound']}")
+    for name, value in summary["bounds"].items():
+        if name != summary["bound"]:
+            click.echo(f"  beside it        {name}: {_up(value, 6)}")
+    click.echo(f"noise multiplier   {_up(summary['noise_multiplier'], 6)}")
+    click.echo(
+        f"noise std          {_up(summary['noise_std_on_average_gradient'], 4)} on the average gradient"
+    )
+    if summary["mu"] is not None:
+        click.echo(f"mu                 {_up(summary['mu'], 4)}")
+    rates = ", ".join(f"{_up(tpr, 2)} at FPR {fpr}" for fpr, tpr in summary["tpr_at_fpr"].items())
+    click.echo(f"best attack        advantage {_up(summary['advantage'], 3)}; TPR {rates}")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    click.echo()
+    click.echo(
+        f"{'epsilon':>8} {'steps':>8} {'batch':>8} {'noise multiplier':>17} {'noise std (average)':>20}"
+    )
+    for row in rows:
+        click.echo(
+            f"{row['epsilon']:>8g} {row['steps']:>8} {row['batch_size']:>8} "
+            f"{_up(row['noise_multiplier'], 5):>17} {_up(row['noise_std_on_average_gradient'], 4):>20}"
+        )
+
+
+@click.command()
+@click.option("--records", type=click.IntRange(min=1), required=True, help="Number n of training records.")
+@click.option("--steps", type=click.IntRange(min=1), required=True, help="Number of training steps.")
+@click.option("--sampling", type=click.Choice(SAMPLINGS), default="full-batch", show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="(Expected) batch size; all records by default."
+)
+@click.option("--epsilon", type=float, help="Budget; the noise it needs is searched.")
+@click.option("--noise-multiplier", type=float, help="Noise; what it costs is computed.")
+@click.option("--delta", type=float, help="Failure probability; min(1e-5, 1/(10 n)) by default.")
+@click.option(
+    "--adjacency",
+    type=click.Choice(("zero-out", "add-remove", "replace-one")),
+    default="zero-out",
+    show_default=True,
+)
+@click.option("--clip-norm", type=float, default=1.0, show_default=True, help="Clip norm C.")
+@click.option("--convex", is_flag=True, help="Certify a convex loss and release the last iterate only.")
+@click.option("--loss", default="multinomial-logistic", show_default=True, help="With --convex: the loss.")
+@click.option(
+    "--feature-bound", type=float, default=0.7, show_default=True, help="With --convex: Jacobian norm."
+)
+@click.option("--regularization", type=float, help="With --convex: lambda of the quadratic regulariser.")
+@click.option("--step-size", type=float, help="With --convex: step size.")
+@click.option("--diameter", type=float, help="With --convex: diameter of the set iterates are projected on.")
+@click.option("--table", is_flag=True, help="What-if table over epsilon, steps and batch size.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Plot epsilon over steps: .png, .svg."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def budget(**options: Any) -> None:
+    """Say what a plan would cost, or what noise a budget needs, without training."""
+    epsilon, noise = options["epsilon"], options["noise_multiplier"]
+    if (epsilon is None) == (noise is None):
+        raise click.UsageError("give exactly one of --epsilon and --noise-multiplier")
+    plot = options["plot"]
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
+        raise click.UsageError(f"--plot writes .png or .svg, got {plot.name!r}")
+    plan = _plan(options)
+    if noise is None:
+        noise = plan.calibrate(epsilon)
+    result = _summary(plan, noise)
+    if options["table"]:
+        result["what_if"] = _what_if(plan, _TABLE_EPSILONS if epsilon is None else (epsilon,))
+    if plot is not None:
+        _plot(plan, noise, plot)
+        result["plot"] = str(plot)
+    if options["as_json"]:
+        click.echo(json.dumps(result, indent=2, allow_nan=False))
+        return
+    _print_summary(result)
+    if options["table"]:
+        _print_table(result["what_if"])
+    if plot is not None:
+        click.echo(f"plot               {plot}")
+
+
+def _plan(options: Mapping[str, Any]) -> Plan:
+    records, size = options["records"], options["batch_size"]
+    if options["sampling"] == "full-batch":
+        if size not in (None, records):
+            raise click.UsageError(f"--batch-size {size} needs --sampling poisson or cyclic")
+        size = records
+    if size is None:
+        raise click.UsageError(f"--sampling {options['sampling']} needs --batch-size")
+    if size > records:
+        raise click.UsageError(f"--batch-size {size} exceeds the {records} records")
+    convex = None
+    if options["convex"]:
+        for name in ("regularization", "step_size"):
+            if options[name] is None:
+                raise click.UsageError(f"--convex needs --{name.replace('_', '-')}")
+        names = ("loss", "feature_bound", "regularization", "step_size", "diameter")
+        convex = {name: options[name] for name in names}
+    elif options["regularization"] is not None or options["step_size"] is not None:
+        raise click.UsageError("--regularization and --step-size describe a convex plan; add --convex")
+    return Plan(
+        sampling=options["sampling"],
+        records=records,
+        batch_size=size,
+        steps=options["steps"],
+        delta=min(1e-5, 0.1 / records) if options["delta"] is None else options["delta"],
+        adjacency=options["adjacency"],
+        clip_norm=options["clip_norm"],
+        convex=convex,
+    )
