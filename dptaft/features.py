@@ -89,7 +89,7 @@ def feature_key(
     data: str,
     precision: str = "float32",
 ) -> str:
-    """SHA-256 of all that features depend on: weights, architecture, scope, preprocessing, data, precision.
+    """SHA-256 of all that features depend on: weights, architecture, cut, preprocessing, data, precision.
 
     Args:
         model: the tangent model.
@@ -100,7 +100,6 @@ def feature_key(
     """
     facts = {
         "operator": [operator.kind, getattr(operator, "layout", None)],
-        "parameters": {name: list(shape) for name, shape in operator.parameter_shapes.items()},
         "cut": [model.cut.kind, model.cut.block],
         "architecture": _architecture(model.base),
         "weights": tensors_digest(_state(model)),
