@@ -8,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.compiled import CompiledLastBlock
 from dptaft.tangent.cut import Above, find_cut
 from dptaft.tangent.head_operator import HeadOperator
@@ -110,6 +111,8 @@ def engines(model, boundary, labels, classes, scope, loss, clip, **options):
     features = operator.extract(boundary)
     yield "gram", FusedEngine(operator, features, labels, norms="gram", **common)
     yield "factors", FusedEngine(operator, features, labels, norms="factors", **common)
+    shipped = tangent_operator(model)
+    yield "shipped", FusedEngine(shipped, shipped.extract(boundary), labels, norms="factors", **common)
     for method in ("hooks", "ghost"):
         engine = OpacusEngine(
             FromBoundary(model),
@@ -226,7 +229,7 @@ def test_nonfinite_examples_contribute_exactly_zero(bad):
     model, boundary, labels, theta = build("last:1", 5)
     model.load_theta(theta)
     kept = ALL[(ALL != 3) & (ALL != 8)]
-    for name, engine in engines(model, boundary, labels, 5, "last:1", LOSSES[0], 0.5):
+    for name, engine in engines(model, boundary, labels, 5, "last:1", LOSSES[0], 0.5, physical_batch_size=5):
         expected = engine.clipped_sum(theta, kept)
         spoiled = boundary.clone()
         spoiled[[3, 8], 0] = bad
