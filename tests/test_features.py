@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -144,6 +145,33 @@ def test_writing_holds_one_part_at_a_time(tmp_path):
 
     write_features(tmp_path, KEY, watched(), 20)
     assert len(alive) == 10
+
+
+def test_a_second_writer_waits_and_keeps_the_first_result(tmp_path):
+    started, finish = threading.Event(), threading.Event()
+    second_ran = []
+
+    def slow():
+        started.set()
+        assert finish.wait(10)
+        yield example_features()
+
+    def unused():
+        second_ran.append(True)
+        yield example_features()
+
+    first = threading.Thread(target=write_features, args=(tmp_path, KEY, slow(), N))
+    second = threading.Thread(target=write_features, args=(tmp_path, KEY, unused(), N))
+    first.start()
+    assert started.wait(10)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    finish.set()
+    first.join(10)
+    second.join(10)
+    assert second_ran == []
+    assert same(read_features(tmp_path, KEY), example_features())
 
 
 def damage_truncate(entry):
