@@ -15,8 +15,9 @@ which is a post-processing of the continuous Gaussian mechanism applied to the r
 
 What this gives: every release lies on a grid that does not depend on the data, so low-order bits say nothing.
 What it does not give: a proof that every grid point has exactly its ideal probability. G comes from the
-Box-Muller map of two 63-bit uniforms in float64 (relative error about 2**-50; |G| is at most 9.42, a larger
-value has probability below 5e-21 per coordinate). The time spent drawing does not depend on the data.
+Box-Muller map of two 63-bit uniforms in float64: errors are about 2**-50, larger (up to the value itself)
+only for pairs within 2**-4 of zero; |G| is at most 9.42, a larger value has probability below 5e-21 per
+coordinate. The time spent drawing does not depend on the data.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class _Stream:
             self._worker = None
 
     def _chunks(self, count: int) -> Iterator[tuple[slice, Tensor]]:
-        """`count` units in pieces, each used once: place in 0..count, and int32 values valid until the next."""
+        """`count` units in pieces, each used once: place in 0..count, int32 values valid until the next."""
         done = 0
         with self._lock:
             self._guard_fork()

@@ -81,9 +81,14 @@ def test_noise_of_the_step_has_the_stated_scale_and_normaliser():
 
 
 def test_replace_one_doubles_the_noise():
-    _, one = make(noise_multiplier=1.0)
-    _, two = make(noise_multiplier=1.0, adjacency="replace-one")
-    assert two.noise_std == pytest.approx(2 * one.noise_std)
+    moves = {}
+    for adjacency in ("zero-out", "replace-one"):
+        theta, optimizer = make(noise_multiplier=1.0, adjacency=adjacency, source=InsecureSeededNoise(1))
+        value = {name: torch.zeros_like(p) for name, p in theta.items()}
+        optimizer.private_step(ClippedSum(value, CLIP, adjacency))
+        moves[adjacency] = theta["b"].detach()
+        assert optimizer.noise_std == pytest.approx(CLIP * (2 if adjacency == "replace-one" else 1), rel=1e-3)
+    torch.testing.assert_close(moves["replace-one"], 2 * moves["zero-out"])
 
 
 def test_empty_batch_steps_and_adds_noise():
@@ -106,9 +111,10 @@ def test_virtual_batches_add_noise_once():
 
 def test_no_sum_is_used_twice_and_no_step_goes_without_one():
     theta, optimizer = make()
-    optimizer.private_step(sums(theta))
-    with pytest.raises(ValueError, match="no clipped sum was accepted"):
-        optimizer.step()
+    for take in (optimizer.private_step, lambda clipped: (optimizer.accept(clipped), optimizer.step())):
+        take(sums(theta))
+        with pytest.raises(ValueError, match="no clipped sum was accepted"):
+            optimizer.step()
 
 
 def test_every_step_has_new_noise():
