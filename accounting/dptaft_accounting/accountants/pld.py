@@ -147,16 +147,27 @@ class Mixture:
         elif len(self.shifts) == 2 and self.shifts[0] == 0:
             s, w = self.shifts[1], self.weights[1]
             with np.errstate(divide="ignore", invalid="ignore"):
-                x = np.log((np.expm1(losses) + w) / w) / s + s / 2
-            x = np.where(np.isnan(x), low, x)
+                ratio = np.log((np.expm1(np.minimum(losses, _EXP_RANGE)) + w) / w)
+            ratio = np.where(losses < _EXP_RANGE, ratio, losses - math.log(w))
+            x = np.where(np.isnan(ratio), low, ratio / s + s / 2)
         else:
-            left, right = np.full(losses.shape, low), np.full(losses.shape, high)
-            for _ in range(60):
-                middle = 0.5 * (left + right)
-                less = self.loss(middle) < losses
-                left, right = np.where(less, middle, left), np.where(less, right, middle)
-            x = 0.5 * (left + right)
-        return np.clip(x, low, high)
+            x = self._newton(losses, low, high)
+        return np.asarray(np.clip(x, low, high), dtype=np.float64)
+
+    def _newton(self, losses: Array, low: float, high: float) -> Array:
+        """Newton's method inside the cells of a grid."""
+        grid = np.linspace(low, high, 4001)
+        known = self.loss(grid)
+        cell = np.clip(np.searchsorted(known, losses) - 1, 0, len(grid) - 2)
+        x = np.interp(losses, known, grid)
+        for _ in range(4):
+            value = self.loss(x)
+            slope = sum(
+                s * w * np.exp(np.minimum(s * x - s * s / 2 - value, 1.0 - math.log(w)))
+                for s, w in zip(self.shifts, self.weights, strict=True)
+            )
+            x = np.clip(x - (value - losses) / np.maximum(slope, 1e-30), grid[cell], grid[cell + 1])
+        return np.asarray(x, dtype=np.float64)
 
     def pmfs(self, interval: float) -> tuple[LossPmf, LossPmf]:
         """Discretises both directions: (mixture against N(0, 1), N(0, 1) against mixture)."""

@@ -1,0 +1,185 @@
+"""Numerical composition against closed forms, quadrature and dp-accounting: never below, and tight."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+from dp_accounting.pld import privacy_loss_distribution as peer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dptaft_accounting.accountants.composition import composition_profile
+from dptaft_accounting.accountants.pld import (
+    LossPmf,
+    Mixture,
+    compose,
+    compose_mixtures,
+    discretise_wide,
+    pmf_of_curve,
+)
+from dptaft_accounting.bounds import best_bound
+from dptaft_accounting.errors import AccountingError
+from dptaft_accounting.mechanisms import FullBatchGaussian, PoissonGaussian, SequenceComposition
+from dptaft_accounting.profiles import GroupProfile
+from dptaft_accounting.tradeoff import GaussianProfile, tpr_at_fpr
+
+
+def normal(x):
+    return np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+
+
+def quadrature_delta(mixture, eps):
+    """Hockey-stick divergence of one step, larger direction, by a sum over a fine grid."""
+    x = np.linspace(-14, 14 + max(mixture.shifts), 400_001)
+    p = sum(w * normal(x - s) for s, w in zip(mixture.shifts, mixture.weights, strict=True))
+    q = normal(x)
+    step = x[1] - x[0]
+    return max(np.maximum(p - math.exp(eps) * q, 0).sum(), np.maximum(q - math.exp(eps) * p, 0).sum()) * step
+
+
+def peer_epsilon(z, p, steps, delta, pessimistic):
+    logging.disable(logging.WARNING)
+    try:
+        single = peer.from_gaussian_mechanism(
+            z, sampling_prob=p, pessimistic_estimate=pessimistic, use_connect_dots=pessimistic
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    return single.self_compose(steps).get_epsilon_for_delta(delta)
+
+
+@pytest.mark.parametrize(
+    ("mu", "steps"), [(0.1, 1), (1.0, 1), (1.0, 3), (1.0, 10_000), (5.0, 100), (20.0, 7)]
+)
+@pytest.mark.parametrize("delta", [1e-2, 1e-5, 1e-9])
+def test_gaussian_composition_matches_the_closed_form(mu, steps, delta):
+    numerical = compose_mixtures([(Mixture.gaussian(mu / math.sqrt(steps)), steps)])
+    exact = GaussianProfile(mu).epsilon(delta)
+    assert exact * (1 - 1e-9) <= numerical.epsilon(delta) <= exact * 1.001
+    assert numerical.beta(0.1) <= GaussianProfile(mu).beta(0.1) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        Mixture.poisson(1.0, 0.1),
+        Mixture.poisson(0.4, 0.01),
+        Mixture.poisson(2.0, 0.5, group=3),
+        Mixture.poisson(1.0, 0.2, offset=0.3),
+    ],
+)
+@pytest.mark.parametrize("eps", [0.0, 0.2, 1.0, 3.0])
+def test_one_step_matches_quadrature(mixture, eps):
+    truth = quadrature_delta(mixture, eps)
+    value = compose_mixtures([(mixture, 1)]).delta(eps)
+    assert truth * (1 - 1e-6) - 1e-12 <= value <= truth * 1.002 + 1e-9
+
+
+def test_many_shifts_agree_with_quadrature():
+    shifts, weights = np.linspace(0, 2, 30), np.full(30, 1 / 30)
+    mixture = Mixture(tuple(shifts), tuple(weights))
+    forward, backward = discretise_wide(shifts, weights, 0.0, 1e-3, 2000)
+    for eps in (0.0, 0.5, 2.0):
+        truth = quadrature_delta(mixture, eps)
+        value = max(forward.delta(eps), backward.delta(eps))
+        assert truth * (1 - 1e-6) <= value <= truth * 1.005
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    z=st.floats(0.5, 8.0),
+    p=st.floats(1e-4, 1.0),
+    steps=st.integers(1, 1000),
+    delta=st.sampled_from([1e-3, 1e-5, 1e-7]),
+)
+def test_never_below_the_peer_and_at_most_one_percent_above(z, p, steps, delta):
+    ours = best_bound(PoissonGaussian(z, p, steps), delta=delta).epsilon
+    assert ours >= peer_epsilon(z, p, steps, delta, pessimistic=False) * (1 - 1e-9)
+    upper = peer_epsilon(z, p, steps, delta, pessimistic=True)
+    assert ours <= upper * 1.01 + 1e-6
+    assert ours >= upper * 0.98 - 2e-3  # the peer's lattice of 1e-4 costs it that much where losses are small
+
+
+def test_oracles_of_composition():
+    three = composition_profile(FullBatchGaussian(math.sqrt(3.0), 3))
+    assert three.delta(1.0) == pytest.approx(0.126936, abs=1e-6)
+    assert tpr_at_fpr(three, 0.1) == pytest.approx(0.38914, abs=1e-5)
+    assert composition_profile(PoissonGaussian(0.5, 0.2, 3)).delta(1.0) == pytest.approx(0.15594, abs=2e-5)
+    assert composition_profile(PoissonGaussian(1.0, 0.01, 1000)).epsilon(1e-5) == pytest.approx(
+        1.828244, rel=1e-4
+    )
+    assert composition_profile(PoissonGaussian(3.0, 0.1, 512)).epsilon(1e-6) == pytest.approx(3.77, abs=5e-3)
+
+
+def test_directions_differ_and_the_larger_counts():
+    profile = compose_mixtures([(Mixture.poisson(1.0, 0.01), 1000)])
+    assert profile.forward.epsilon(1e-5) > profile.backward.epsilon(1e-5) * 1.02
+    assert profile.epsilon(1e-5) == profile.forward.epsilon(1e-5)
+
+
+def test_sampling_rate_one_is_the_closed_form():
+    sampled = best_bound(PoissonGaussian(10.0, 1.0, 100), delta=1e-5).epsilon
+    assert sampled == best_bound(FullBatchGaussian(10.0, 100), delta=1e-5).epsilon
+    almost = best_bound(PoissonGaussian(10.0, 1 - 1e-9, 100), delta=1e-5).epsilon
+    assert almost == pytest.approx(sampled, rel=1e-4)
+
+
+def test_sequences_of_different_parts():
+    a, b = PoissonGaussian(1.0, 0.05, 50), FullBatchGaussian(30.0, 10)
+    both = best_bound(SequenceComposition((a, b)), delta=1e-5).epsilon
+    reference = (
+        peer.from_gaussian_mechanism(1.0, sampling_prob=0.05)
+        .self_compose(50)
+        .compose(peer.from_gaussian_mechanism(30.0).self_compose(10))
+    )
+    assert both == pytest.approx(reference.get_epsilon_for_delta(1e-5), rel=1e-3)
+    twice = best_bound(SequenceComposition((a, SequenceComposition((a,)))), delta=1e-5).epsilon
+    assert twice == pytest.approx(best_bound(PoissonGaussian(1.0, 0.05, 100), delta=1e-5).epsilon, rel=1e-4)
+    gaussian = best_bound(SequenceComposition((b, b)), delta=1e-5)
+    assert gaussian.best.mu == pytest.approx(math.sqrt(20) / 30)
+
+
+def test_group_privacy_of_sampled_records():
+    mechanism = PoissonGaussian(1.5, 0.02, 200)
+    one, two, five = (best_bound(mechanism, delta=1e-5, records_per_unit=k).epsilon for k in (1, 2, 5))
+    assert one < two < five
+    # tighter than the generic conversion, and not below two independent copies of one record's contributions
+    assert two < GroupProfile(composition_profile(mechanism), 2).epsilon(1e-5)
+    mixture = peer.from_mixture_gaussian_mechanism(1.5, [0.0, 1.0, 2.0], [0.98**2, 2 * 0.02 * 0.98, 0.02**2])
+    assert two == pytest.approx(mixture.self_compose(200).get_epsilon_for_delta(1e-5), rel=2e-3)
+    gaussian = best_bound(FullBatchGaussian(10.0, 4), delta=1e-5, records_per_unit=3)
+    assert gaussian.best.mu == pytest.approx(3 * 0.2)
+
+
+def test_curves_turned_into_distributions_stay_above():
+    curve = GaussianProfile(0.8)
+    pmf = pmf_of_curve(curve, 1e-3)
+    assert pmf.mass.sum() + pmf.infinite == pytest.approx(1.0, abs=1e-9)
+    for eps in (0.0, 0.3, 1.0, 2.5):
+        assert curve.delta(eps) * (1 - 1e-9) <= pmf.delta(eps) <= curve.delta(eps) * 1.001 + 1e-12
+    four = compose([(pmf, 4)])
+    assert (
+        GaussianProfile(1.6).epsilon(1e-5) <= four.epsilon(1e-5) <= GaussianProfile(1.6).epsilon(1e-5) * 1.001
+    )
+
+
+@pytest.mark.parametrize(
+    ("z", "p", "steps"), [(0.05, 0.5, 100), (1e-3, 0.9, 10), (1.0, 1e-8, 1000), (300.0, 0.01, 5)]
+)
+def test_extreme_parameters_give_a_number_or_infinity(z, p, steps):
+    epsilon = best_bound(PoissonGaussian(z, p, steps), delta=1e-6).epsilon
+    assert epsilon >= 0
+    assert not math.isnan(epsilon)
+    assert epsilon <= GaussianProfile(math.sqrt(steps) / z).epsilon(1e-6) * 1.01 + 1e-6
+
+
+def test_unreachable_resolution_is_infinity_not_a_guess():
+    profile = compose_mixtures([(Mixture.poisson(1.0, 0.01), 10_000)])
+    assert math.isinf(profile.epsilon(1e-15))
+
+
+def test_lattices_do_not_mix():
+    a, b = LossPmf(1e-3, 0, np.array([1.0]), 0.0), LossPmf(2e-3, 0, np.array([1.0]), 0.0)
+    with pytest.raises(AccountingError, match="different lattices"):
+        compose([(a, 1), (b, 1)])
