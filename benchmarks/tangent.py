@@ -79,7 +79,7 @@ def private_step(
     operator: TangentOperator, features: Features, labels: torch.Tensor, theta: dict[str, torch.Tensor]
 ) -> Work:
     """One exact clipped sum from constant Grams: all of a private step but the noise."""
-    grams = operator.gram(features)
+    grams = operator.gram(features).float()
     targets = F.one_hot(labels, operator.num_classes)
 
     def step() -> dict[str, torch.Tensor]:

@@ -223,7 +223,7 @@ class CompiledLastBlock:
 
     @torch.no_grad()
     def gram(self, features: Features) -> Tensor:
-        """K_i = J_i J_i^T, shape (n, C, C), from rank-one factors."""
+        """K_i = J_i J_i^T, shape (n, C, C), from rank-one factors, in float64."""
         eye = torch.eye(self.num_classes, dtype=self.dtype, device=features["logits"].device)
         r = eye * features["finite"][:, None, None]
         return gradient_grams(self.factors(self.constants(features), r))

@@ -113,24 +113,25 @@ class DualOperator:
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
     def gram(self, features: Features) -> Tensor:
-        """K_i = J_i J_i^T, shape (n, C, C), from one backward pass per class and example.
+        """K_i = J_i J_i^T, shape (n, C, C), in float64, from one backward pass per class and example.
 
         Blocks of classes keep the explicit rows of one example's Jacobian below about 2 GiB.
         """
         parameters = sum(shape.numel() for shape in self.parameter_shapes.values())
-        block = max(1, _GRAM_BYTES // (parameters * torch.finfo(self.dtype).bits // 8))
+        size = max(1, _GRAM_BYTES // (parameters * torch.finfo(self.dtype).bits // 8))
         eye = torch.eye(self.num_classes, dtype=self.dtype, device=features["logits"].device)
-        blocks = list(eye.split(block))
+        blocks = list(eye.split(size))
         grams = []
         for boundary in features["boundary"].split(1):
-            gram = torch.zeros_like(eye)
+            gram = torch.zeros_like(eye, dtype=torch.float64)
             for a, left in enumerate(blocks):
                 rows = self._gradients(boundary, left[None])
                 for b, right in list(enumerate(blocks))[a:]:
                     others = rows if b == a else self._gradients(boundary, right[None])
-                    product = sum(x.flatten(1) @ y.flatten(1).T for x, y in zip(rows, others, strict=True))
-                    gram += left.T @ product @ right
-                    gram += right.T @ product.T @ left if b > a else 0
+                    pairs = zip(rows, others, strict=True)
+                    product = sum(x.flatten(1).double() @ y.flatten(1).double().T for x, y in pairs)
+                    block = left.double().T @ product @ right.double()
+                    gram += block + block.T if b > a else block
             grams.append(gram)
         return torch.stack(grams) * features["finite"][:, None, None]
 

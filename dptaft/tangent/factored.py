@@ -123,7 +123,7 @@ class FactoredLastBlock:
 
     @torch.no_grad()
     def gram(self, features: Features) -> Tensor:
-        """K_i = J_i J_i^T, shape (n, C, C), from rank-one factors."""
+        """K_i = J_i J_i^T, shape (n, C, C), from rank-one factors, in float64."""
         factors = self._factors(features, self._class_cotangents(features))
         return gradient_grams(factors)
 

@@ -74,8 +74,8 @@ class HeadOperator:
         return {k: g if batched else g[0] for k, g in gradients.items()}
 
     def gram(self, features: Features) -> Tensor:
-        """K_i = (|u_i|^2 + 1) I (without + 1 where the head has no bias), shape (n, C, C)."""
-        eye = torch.eye(self.num_classes, dtype=self.dtype, device=features["u"].device)
+        """K_i = (|u_i|^2 + 1) I (without + 1 where the head has no bias), shape (n, C, C), in float64."""
+        eye = torch.eye(self.num_classes, dtype=torch.float64, device=features["u"].device)
         return self._squared_lengths(features)[:, None, None] * eye
 
     def gradient_norms(self, features: Features, cotangents: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class TangentOperator(Protocol):
         ...
 
     def gram(self, features: Features) -> Tensor:
-        """K_i = J_i J_i^T, shape (n, C, C)."""
+        """K_i = J_i J_i^T, shape (n, C, C), in float64: quadratic forms of it cancel."""
         ...
 
     def gradient_norms(self, features: Features, cotangents: Tensor) -> Tensor:

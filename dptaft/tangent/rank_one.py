@@ -81,9 +81,10 @@ class Outer:
         return squared if self.bias is None else squared + 1
 
     def gram(self) -> Tensor:
-        """Inner products of the gradients of one example under its m cotangents, (n, m, m)."""
-        scaled = self.cotangent * self._weights()[:, None, :, None]
-        return torch.bmm(scaled.flatten(2), self.cotangent.flatten(2).transpose(1, 2))
+        """Inner products of the gradients of one example under its m cotangents, (n, m, m), in float64."""
+        cotangent = self.cotangent.double()
+        scaled = cotangent * self._weights().double()[:, None, :, None]
+        return torch.bmm(scaled.flatten(2), cotangent.flatten(2).transpose(1, 2))
 
     def squared_norms(self) -> Tensor:
         """Squared gradient norm of every example and member, (n, m)."""
@@ -123,17 +124,19 @@ class Diagonal:
         if self.bias is not None:
             torch.sum(self.cotangent, 0, out=out[self.bias])
 
-    def _scaled(self) -> Tensor:
-        weights = 1 if self.constant is None else self.constant.square()[:, None]
-        return self.cotangent * (weights if self.bias is None else weights + 1)
+    def _weights(self) -> Tensor:
+        """What a squared cotangent entry counts, broadcast against (n, m, size)."""
+        weights = self.cotangent.new_ones(1) if self.constant is None else self.constant.square()[:, None]
+        return weights if self.bias is None else weights + 1
 
     def gram(self) -> Tensor:
-        """Inner products of the gradients of one example under its m cotangents, (n, m, m)."""
-        return torch.bmm(self._scaled(), self.cotangent.transpose(1, 2))
+        """Inner products of the gradients of one example under its m cotangents, (n, m, m), in float64."""
+        cotangent = self.cotangent.double()
+        return torch.bmm(cotangent * self._weights().double(), cotangent.transpose(1, 2))
 
     def squared_norms(self) -> Tensor:
         """Squared gradient norm of every example and member, (n, m)."""
-        return (self._scaled() * self.cotangent).sum(-1)
+        return (self._weights() * self.cotangent.square()).sum(-1)
 
 
 Factor = Outer | Diagonal
@@ -154,7 +157,11 @@ def total_gradients(factors: Sequence[Factor], shapes: Mapping[str, torch.Size])
 
 
 def gradient_grams(factors: Iterable[Factor]) -> Tensor:
-    """Gram matrices (n, m, m) of the full gradients: the sum over parameters."""
+    """Gram matrices (n, m, m) of the full gradients, the sum over parameters, in float64.
+
+    Loss gradients sum to nearly zero over the classes, so that quadratic forms of a Gram cancel; rounding at
+    the precision of float32 could make a large gradient look small and escape clipping.
+    """
     return torch.stack([factor.gram() for factor in factors]).sum(0)
 
 

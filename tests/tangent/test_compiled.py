@@ -181,7 +181,7 @@ def test_half_precision_features_define_one_model_for_every_operation(half, layo
     assert not torch.equal(output, operator.jvp(exact, theta))
     r = torch.randn(N, 4, generator=torch.Generator().manual_seed(6))
     torch.testing.assert_close((output * r).sum(), dot(theta, operator.vjp(rounded, r)), rtol=1e-4, atol=1e-3)
-    quadratic = torch.einsum("na,nab,nb->n", r, operator.gram(rounded), r)
+    quadratic = torch.einsum("na,nab,nb->n", r, operator.gram(rounded).float(), r)
     torch.testing.assert_close(operator.gradient_norms(rounded, r).square(), quadratic, rtol=1e-4, atol=1e-3)
 
 
@@ -204,6 +204,22 @@ def test_an_example_that_is_not_finite_has_a_zero_jacobian(value, layout):
     without = operator.vjp(features.index(good), r[good])
     for name, gradient in operator.vjp(damaged, r).items():
         torch.testing.assert_close(gradient, without[name], rtol=1e-10, atol=1e-12)
+
+
+def test_grams_in_single_precision_do_not_lose_gradients_that_cancel(layout):
+    model = build(dtype=torch.float32, init_values=1.0)
+    model.blocks[-1].ls2.gamma.mul_(1e5)
+    model.head.weight.copy_(model.head.weight[:1] + 1e-4 * model.head.weight)
+    operator = layout(model)
+    features = operator.extract(boundary_of(model, images(dtype=torch.float32)))
+    r = torch.tensor([[1.0, -1.0, 0.0, 0.0]]).expand(N, -1)
+    norms = torch.einsum("na,nab,nb->n", r.double(), operator.gram(features), r.double()).sqrt()
+    for i in range(N):
+        one = slice(i, i + 1)
+        explicit = torch.cat(
+            [g.double().flatten() for g in operator.vjp(features.index(one), r[one]).values()]
+        )
+        torch.testing.assert_close(norms[i], explicit.norm(), rtol=2e-2, atol=0)
 
 
 def test_a_chunked_covariance_product_equals_the_explicit_covariance(monkeypatch):
