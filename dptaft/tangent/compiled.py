@@ -25,7 +25,7 @@ from dptaft.tangent.last_block import (
     project_norm,
     read_last_block,
 )
-from dptaft.tangent.operator import Features, mark_finite, members_cotangents, with_members
+from dptaft.tangent.operator import Features, mark_finite, members_cotangents, pieces, with_members
 from dptaft.tangent.rank_one import (
     Diagonal,
     Factor,
@@ -225,8 +225,11 @@ class CompiledLastBlock:
     def gram(self, features: Features) -> Tensor:
         """K_i = J_i J_i^T, shape (n, C, C), from rank-one factors, in float64."""
         eye = torch.eye(self.num_classes, dtype=self.dtype, device=features["logits"].device)
-        r = eye * features["finite"][:, None, None]
-        return gradient_grams(self.factors(self.constants(features), r))
+        grams = []
+        for part in pieces(len(features), self.num_classes * self._w.heads * self._w.wq.shape[1]):
+            f = self.constants(features.index(part))
+            grams.append(gradient_grams(self.factors(f, eye * f["finite"][:, None, None])))
+        return torch.cat(grams)
 
     @torch.no_grad()
     def gradient_norms(self, features: Features, cotangents: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dptaft.tangent.compiled import CompiledLastBlock
-from dptaft.tangent.operator import Features, mark_finite, members_cotangents, with_members
+from dptaft.tangent.operator import Features, mark_finite, members_cotangents, pieces, with_members
 from dptaft.tangent.rank_one import Factor, gradient_grams, squared_gradient_norms, total_gradients
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -62,6 +62,10 @@ class FactoredLastBlock:
         Raises:
             ValueError: a boundary of the wrong shape.
         """
+        parts = pieces(len(boundary), self.scalars_per_example)
+        return Features.concat([self._extract(boundary[part]) for part in parts])
+
+    def _extract(self, boundary: Tensor) -> Features:
         features = self._source.extract(boundary)
         eye = torch.eye(self.num_classes, dtype=self.dtype, device=boundary.device)
         constants = self._source.constants(features)
@@ -124,8 +128,11 @@ class FactoredLastBlock:
     @torch.no_grad()
     def gram(self, features: Features) -> Tensor:
         """K_i = J_i J_i^T, shape (n, C, C), from rank-one factors, in float64."""
-        factors = self._factors(features, self._class_cotangents(features))
-        return gradient_grams(factors)
+        grams = []
+        for part in pieces(len(features), features["cotangents"][0].numel()):
+            few = features.index(part)
+            grams.append(gradient_grams(self._factors(few, self._class_cotangents(few))))
+        return torch.cat(grams)
 
     @torch.no_grad()
     def gradient_norms(self, features: Features, cotangents: Tensor) -> Tensor:

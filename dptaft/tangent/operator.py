@@ -15,6 +15,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 24  # numbers in the largest temporary of per-class work
+
 
 @dataclass(frozen=True)
 class Features:
@@ -77,6 +79,16 @@ class Features:
         if any(set(part.tensors) != names for part in parts):
             raise ValueError("feature parts hold different tensors; build them with the same operator")
         return Features({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
+
+
+def pieces(n: int, scalars_per_example: int) -> list[slice]:
+    """Slices of n examples in order, each of bounded size, so that temporaries stay small; at least one.
+
+    >>> pieces(5, _PIECE // 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
+    size = max(1, _PIECE // max(1, scalars_per_example))
+    return [slice(start, start + size) for start in range(0, max(n, 1), size)]
 
 
 def mark_finite(tensors: Mapping[str, Tensor]) -> Features:

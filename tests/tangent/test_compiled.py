@@ -130,6 +130,15 @@ def test_grams_and_norms_equal_those_of_the_explicit_jacobians(case):
     torch.testing.assert_close(operator.gradient_norms(features, r[1]), expected[1], rtol=1e-10, atol=1e-10)
 
 
+def test_per_class_work_in_pieces_is_the_same(case, monkeypatch):
+    model, operator, features = case
+    monkeypatch.setattr("dptaft.tangent.operator._PIECE", 1)
+    again = operator.extract(boundary_of(model, images()))
+    torch.testing.assert_close(operator.gram(again), operator.gram(features), rtol=1e-12, atol=1e-12)
+    for name, value in features.tensors.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-12, atol=1e-12)
+
+
 def test_offset_is_the_model(case):
     model, operator, features = case
     torch.testing.assert_close(operator.offset(features), model(images()), rtol=1e-10, atol=1e-10)
