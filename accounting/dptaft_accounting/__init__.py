@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dptaft_accounting.bounds import Bound, BoundReport, best_bound
-    from dptaft_accounting.calibration import Target, calibrate_noise_multiplier
+    from dptaft_accounting.calibration import (
+        Target,
+        calibrate_noise_multiplier,
+        calibrate_sampling_rate,
+        calibrate_steps,
+    )
     from dptaft_accounting.convexity import ConvexityCertificate
     from dptaft_accounting.errors import AccountingError
+    from dptaft_accounting.gaussian_view import GaussianView, gaussian_view
     from dptaft_accounting.mechanisms import (
         CyclicGaussian,
         FullBatchGaussian,
@@ -30,9 +36,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "bounds": ("Bound", "BoundReport", "best_bound"),
-    "calibration": ("Target", "calibrate_noise_multiplier"),
+    "calibration": ("Target", "calibrate_noise_multiplier", "calibrate_sampling_rate", "calibrate_steps"),
     "convexity": ("ConvexityCertificate",),
     "errors": ("AccountingError",),
+    "gaussian_view": ("GaussianView", "gaussian_view"),
     "mechanisms": (
         "CyclicGaussian",
         "FullBatchGaussian",
@@ -69,6 +76,7 @@ __all__ = [
     "CyclicGaussian",
     "FullBatchGaussian",
     "GaussianProfile",
+    "GaussianView",
     "Mechanism",
     "ObjectivePerturbation",
     "OutputPerturbation",
@@ -80,7 +88,10 @@ __all__ = [
     "Target",
     "best_bound",
     "calibrate_noise_multiplier",
+    "calibrate_sampling_rate",
+    "calibrate_steps",
     "epsilon_to_mu",
+    "gaussian_view",
     "mechanism_from_dict",
     "mu_to_delta",
     "mu_to_epsilon",

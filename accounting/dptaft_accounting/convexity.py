@@ -104,8 +104,8 @@ class ConvexityCertificate:
         if self.gradient_bound > self.l2_clip_norm:
             raise error(
                 f"gradient_bound {self.gradient_bound:g} exceeds l2_clip_norm {self.l2_clip_norm:g}: "
-                "clipping would "
-                "act and break convexity; raise l2_clip_norm or bound the features more tightly"
+                "clipping would act and break convexity; raise l2_clip_norm or bound the features "
+                "more tightly"
             )
         self._check_sampling()
         worst = max(self.contractions)
@@ -113,8 +113,7 @@ class ConvexityCertificate:
             limit = 2 / (self.strong_convexity + self.smoothness * self.max_batch_size / self.normaliser)
             raise error(
                 f"the step expands distances (factor {worst:g}): step_size must be at most {limit:g} "
-                "for this "
-                "smoothness and batch size"
+                "for this smoothness and batch size"
             )
 
     def _check_step_sizes(self) -> None:
@@ -254,8 +253,7 @@ class ConvexityCertificate:
         if getattr(mechanism, "released", None) != "last-iterate":
             raise CertificateError(
                 f"released is {getattr(mechanism, 'released', 'undefined')!r}: a last-iterate bound "
-                "hides all other "
-                "iterates; state released='last-iterate' if the final weights alone leave"
+                "hides all other iterates; state released='last-iterate' if the final weights alone leave"
             )
         kinds: dict[type[Mechanism], str] = {
             FullBatchGaussian: "full-batch",
@@ -310,8 +308,7 @@ def _refuse_other_algorithms(optimizer: str, momentum: float, released_iterate: 
     if released_iterate != "last":
         raise CertificateError(
             f"released_iterate {released_iterate!r} is not covered: averages, checkpoints chosen on "
-            "the data and "
-            "logs depend on hidden iterates; release the last one, chosen in advance"
+            "the data and logs depend on hidden iterates; release the last one, chosen in advance"
         )
 
 
@@ -326,8 +323,7 @@ def _loss_constants(loss: str, feature_bound: float, clip: float, clipped: bool)
     if clipped and not constants.scalar:
         raise CertificateError(
             f"clipping the gradients of {loss!r} breaks convexity (several outputs); bound the "
-            "Jacobian so that no "
-            "gradient exceeds l2_clip_norm, or train one scalar output per class"
+            "Jacobian so that no gradient exceeds l2_clip_norm, or train one scalar output per class"
         )
     gradient = min(clip, constants.gradient * bound) if clipped else constants.gradient * bound
     if math.isinf(gradient):
@@ -340,8 +336,7 @@ def _largest_batch(sampling: str, records: int, batches: int | None, adjacency: 
     if sampling == "poisson":
         raise CertificateError(
             "max_batch_size is needed for Poisson sampling: batches above it are charged to delta; "
-            "choose about "
-            "p n + 6 sqrt(p n)"
+            "choose about p n + 6 sqrt(p n)"
         )
     if sampling == "cyclic":
         return math.ceil(records / check.whole("batches_per_epoch", batches, CertificateError))

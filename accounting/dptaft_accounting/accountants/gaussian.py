@@ -31,6 +31,8 @@ def gaussian_mu(mechanism: Mechanism) -> float | None:
     1.0
     """
     if isinstance(mechanism, FullBatchGaussian):
+        if isinstance(mechanism.noise_multiplier, float):
+            return _UP * mechanism.sensitivity * math.sqrt(mechanism.steps) / mechanism.noise_multiplier
         return _UP * mechanism.sensitivity * math.sqrt(math.fsum(z**-2 for z in mechanism.noise_schedule))
     if isinstance(mechanism, CyclicGaussian):
         return _UP * mechanism.sensitivity * math.sqrt(mechanism.epochs) / mechanism.noise_multiplier

@@ -16,7 +16,7 @@ class ObjectivePerturbationProfile(DeltaCurve):
 
     With e = eps - |log(1 - beta/lambda)| and e^ = e - L^2/(2 sigma^2):
     delta = 2 H(e, L/sigma) where e^ >= 0, else 1 - exp(e^) + 2 exp(e^) H(L^2/(2 sigma^2), L/sigma).
-    Below |log(1 - beta/lambda)| nothing is claimed (delta = 1).
+    Below |log(1 - beta/lambda)| the chord of the curve in e^eps is used.
     """
 
     gradient_bound: float
@@ -36,7 +36,8 @@ class ObjectivePerturbationProfile(DeltaCurve):
         mu = self.gradient_bound / self.noise_std
         left = epsilon - abs(math.log1p(-self.hessian_bound / self.regularization))
         if left < 0:
-            return 1.0
+            # the curve is convex in e^eps and 1 at e^eps = 0: below the threshold its chord is above it
+            return 1 + math.exp(left) * (self.delta(epsilon - left) - 1)
         threshold = mu * mu / 2
         if left >= threshold:
             return min(1.0, 2 * mu_to_delta(mu, left))
