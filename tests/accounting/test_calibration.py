@@ -114,7 +114,7 @@ def test_targets_must_make_sense(values, words):
 def test_unreachable_targets_are_errors():
     target = Target(epsilon=0.01, delta=1e-5)
     # the Hessian term alone costs log(1/(1 - 1/2)), whatever the noise
-    with pytest.raises(CalibrationError, match="no noise multiplier up to 1e.06 reaches epsilon 0.01"):
+    with pytest.raises(CalibrationError, match=r"no noise multiplier up to 1e.06 reaches epsilon 0.01"):
         calibrate_noise_multiplier(lambda z: ObjectivePerturbation(1.0, 1.0, 2.0, z), target)
     with pytest.raises(CalibrationError, match="one step already exceeds"):
         calibrate_steps(lambda t: FullBatchGaussian(1.0, t), target)

@@ -148,6 +148,18 @@ def test_one_step_is_one_sampled_gaussian():
     assert bound.epsilon(1e-5) == pytest.approx(single.epsilon(1e-5), rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("p", "c"), [(0.5, 0.9), (1.0, 0.9), (0.1, 0.0), (0.1, 1e-9), (0.3, 1e-3), (1e-6, 0.999)]
+)
+def test_edges_of_the_parameters(p, c):
+    epsilon = hidden_participation_profile(Problem(2.0, p, 50, c), 1e-5).epsilon(1e-5)
+    single = compose_mixtures([(Mixture.poisson(2.0, p), 1)]).epsilon(1e-5)
+    everything = compose_mixtures([(Mixture.poisson(2.0, p), 50)]).epsilon(1e-5)
+    assert single * (1 - 1e-6) <= epsilon
+    if c < 0.5:
+        assert epsilon <= 1.05 * everything
+
+
 def test_finer_evaluation_is_tighter():
     problem, layout = Problem(1.0, 0.05, 300, 0.95), Layout(10, 0.8, 2.0)
     fine = Resolution(interval=5e-4, knots=4000, shifts=200, lattice=1 << 12, spacing=0.01)

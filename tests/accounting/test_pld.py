@@ -76,6 +76,25 @@ def test_one_step_matches_quadrature(mixture, eps):
     assert truth * (1 - 1e-6) - 1e-12 <= value <= truth * 1.002 + 1e-9
 
 
+@pytest.mark.parametrize("mixture", [Mixture.poisson(1.0, 0.1), Mixture.poisson(0.7, 0.3, group=2)])
+@pytest.mark.parametrize("eps", [0.0, 0.05, 0.2])
+def test_each_direction_matches_quadrature(mixture, eps):
+    x = np.linspace(-14, 20, 400_001)
+    p = sum(w * normal(x - s) for s, w in zip(mixture.shifts, mixture.weights, strict=True))
+    q, step = normal(x), x[1] - x[0]
+    profile = compose_mixtures([(mixture, 1)])
+    for pmf, (first, second) in ((profile.forward, (p, q)), (profile.backward, (q, p))):
+        truth = np.maximum(first - math.exp(eps) * second, 0).sum() * step
+        assert truth * (1 - 1e-6) - 1e-12 <= pmf.delta(eps) <= truth * 1.002 + 1e-9
+
+
+def test_both_directions_match_the_peer_after_composition():
+    profile = compose_mixtures([(Mixture.poisson(1.0, 0.05), 200)])
+    other = peer.from_gaussian_mechanism(1.0, sampling_prob=0.05).self_compose(200)
+    for ours, theirs in ((profile.forward, other._pmf_remove), (profile.backward, other._pmf_add)):
+        assert ours.epsilon(1e-5) == pytest.approx(theirs.get_epsilon_for_delta(1e-5), rel=1e-4)
+
+
 def test_many_shifts_agree_with_quadrature():
     shifts, weights = np.linspace(0, 2, 30), np.full(30, 1 / 30)
     mixture = Mixture(tuple(shifts), tuple(weights))

@@ -45,6 +45,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,7 @@ class Problem:
         c = self.contraction
         if c == 0:
             return min(self.steps, 1)
-        return min(self.steps, 1 + math.ceil(math.log(_NEGLIGIBLE * (1 - c)) / math.log(c)))
+        return min(self.steps, 2 + math.ceil(math.log(_NEGLIGIBLE * (1 - c)) / math.log(c)))
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Layout:
         return ranges
 
 
+@lru_cache(maxsize=32)
 def hidden_participation_profile(problem: Problem, delta: float) -> PldProfile:
     """Returns the curve of the best layout found for epsilon at `delta`; every layout is a valid bound.
 
@@ -190,8 +192,8 @@ def _binomial_sum(jumps: Array, counts: NDArray[np.int64], p: float, size: int) 
     grid = cap / (size // 2 - 1 - len(jumps))
     index = np.ceil(jumps / grid).astype(np.int64)
     angle = 2 * math.pi * (np.outer(np.arange(size // 2 + 1), index) % size) / size
-    log_transform = np.log1p(p * (np.exp(-1j * angle) - 1)) @ counts
-    weights = np.clip(np.fft.irfft(np.exp(log_transform), size), 0.0, None)
+    transform = np.prod((1 + p * (np.exp(-1j * angle) - 1)) ** counts, axis=1)
+    weights = np.clip(np.fft.irfft(transform, size), 0.0, None)
     return np.asarray(grid * np.arange(size), dtype=np.float64), weights, _TAIL + 1e-15
 
 
