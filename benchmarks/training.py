@@ -279,7 +279,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     found = compare(arguments.batch, whole, rounds=rounds, device=device)
     found["machine"] = machine(device)
     if arguments.full:
-        found["classes_100"] = compare(256, 2 * PIECE, rounds=rounds, classes=100, device=device)
+        found["classes_100"] = compare(512, 2 * PIECE, rounds=rounds, classes=100, device=device)
         found["through_whole_network"] = through_network(PIECE, device)
         found["step_memory_mib"] = memory(PIECE, device)
     return found
