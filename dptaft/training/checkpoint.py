@@ -3,7 +3,8 @@
 Two files in one private folder. ``progress.json`` lists the step ranges that were authorised, written durably
 before any of their steps runs. ``checkpoint.safetensors`` holds weights and optimiser state, with the
 completed steps and the fingerprint of configuration and data in its header. Both are replaced
-atomically. No random state is stored: a resumed run draws fresh noise, so the same noise never meets another batch.
+atomically. No random state is stored: a resumed run draws fresh noise, so the same noise never
+meets another batch.
 """
 
 from __future__ import annotations
