@@ -1,0 +1,114 @@
+"""Training as one call; the command line is a thin layer over it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dptaft.training.plan import ModelConfig, PerformanceConfig, PrivacyConfig, Request
+
+if TYPE_CHECKING:
+    from dptaft.data import ImageData
+    from dptaft.learner import Progress
+    from dptaft.runs import Run
+
+
+def train(
+    data: str | ImageData = "digits",
+    *,
+    epsilon: float,
+    delta: float | None = None,
+    model: str = "starter",
+    weights: str = "pretrained",
+    scope: str = "last:1",
+    method: str = "tangent",
+    loss: str = "cross-entropy",
+    seed: int = 0,
+    feature_precision: str = "float32",
+    adjacency: str = "zero-out",
+    public_size: int | None = None,
+    steps: int | None = None,
+    l2_clip_norm: float | None = None,
+    sampling: str = "auto",
+    expected_batch_size: int | None = None,
+    insecure_seed: int | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    device: str = "auto",
+    engine: str = "auto",
+    physical_batch_size: int | None = None,
+    feature_cache: str | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Train privately and return the finished run.
+
+    Args:
+        data: name or path for `dptaft.load_data`, or images that are loaded already.
+        epsilon: target; ``inf`` trains without noise and claims nothing.
+        delta: None takes ``min(1e-5, 1/(10 n))``.
+        model: ``starter`` or a timm name.
+        weights: ``pretrained``, ``random``, or the path of a checkpoint.
+        scope: linearised part: ``head``, ``last:K``, ``attention:K`` or ``all``.
+        method: ``tangent``, or ``non-linear`` for ordinary fine-tuning of the same weights.
+        loss: ``cross-entropy``, ``rescaled-square`` or ``huber-square``.
+        seed: of the random head alone; noise and samples are never seeded by it.
+        feature_precision: of cached activations; what is cached defines the model.
+        adjacency: ``zero-out``, ``add-remove`` or ``replace-one``.
+        public_size: public number to normalise by, for ``add-remove``.
+        steps: gradient steps; None takes the public default.
+        l2_clip_norm: bound on one record's gradient; None takes the public default.
+        sampling: ``auto``, ``full-batch``, ``poisson`` or ``cyclic-partition``.
+        expected_batch_size: for Poisson samples and cyclic parts.
+        insecure_seed: seeds noise and samples, for debugging; voids the claim.
+        optimizer: fields of `dptaft.training.optimizers.OptimizerConfig`; others take public defaults.
+        classes: declared class names.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+        engine: ``auto``, ``fused``, ``hooks`` or ``ghost``.
+        physical_batch_size: records in memory at once.
+        feature_cache: folder for cached features; None keeps them in memory.
+        output: folder of the run, which must not exist; None takes ``runs/<id>``.
+        resume: continue the interrupted run of the same `output`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ValueError: a request that cannot be met; one line that names the value and the remedy.
+
+    Formal guarantees:
+        The released weights are (epsilon, delta)-differentially private for one training record under
+        `adjacency`, with the epsilon of the run's statement, at most the requested one. Evaluation numbers
+        and everything that the statement lists as not covered are outside the guarantee.
+    """
+    request = Request(
+        privacy=PrivacyConfig(
+            epsilon=epsilon,
+            delta=delta,
+            adjacency=adjacency,
+            steps=steps,
+            l2_clip_norm=l2_clip_norm,
+            sampling=sampling,
+            expected_batch_size=expected_batch_size,
+            public_size=public_size,
+            insecure_seed=insecure_seed,
+        ),
+        model=ModelConfig(model, weights, scope, method, loss, seed, feature_precision),
+        optimizer=dict(optimizer or {}),
+        performance=PerformanceConfig(device, engine, physical_batch_size, feature_cache),
+        data=data if isinstance(data, str) else data.name,
+    )
+    from dptaft.data import load_data
+    from dptaft.training.trainer import run_training
+
+    images = load_data(data, classes=classes) if isinstance(data, str) else data
+    target = Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
+    return run_training(images, request, target, resume=resume, progress=progress)
+
+
+def _new_id(name: str, epsilon: float) -> str:
+    time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    safe = "".join(c if c.isalnum() else "-" for c in name)
+    return f"{time}-{safe}-eps{epsilon:g}-{secrets.token_hex(2)}"

@@ -1,0 +1,237 @@
+"""Pretrained backbones with their own public preprocessing: the bundled starter, or any timm model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dptaft.features import tensors_digest
+from dptaft.tangent.initialise import initialise_head
+
+STARTER = "starter"
+_STARTER_FILES = files("dptaft") / "starter"
+
+
+class BackboneError(ValueError):
+    """A model or its weights cannot be used; the message names the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Public, fixed map from an image to the model's input; never fitted to the data.
+
+    Resize the shorter side to ``size / crop_pct``, cut the centre, convert to the model's channels, and
+    normalise: ``(x - mean) / std`` per channel.
+
+    >>> Preprocessing(28, (0.5,), (0.5,))(torch.ones(3, 40, 56)).shape
+    torch.Size([1, 28, 28])
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the model's input."""
+        return len(self.mean)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Prepare one image (1 or 3, height, width) with values in [0, 1]."""
+        image = self._resize(self._convert(image))
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (image - mean[:, None, None]) / std[:, None, None]
+
+    def _convert(self, image: Tensor) -> Tensor:
+        if image.shape[0] == self.channels:
+            return image
+        if self.channels == 1:
+            luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
+            return (luma[:, None, None] * image).sum(0, keepdim=True)
+        return image.expand(self.channels, -1, -1)
+
+    def _resize(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        scale = round(self.size / self.crop_pct) / min(height, width)
+        target = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
+        if target != (height, width):
+            image = F.interpolate(
+                image[None], size=target, mode=self.interpolation, align_corners=False, antialias=True
+            )[0].clamp(0, 1)
+        top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
+        return image[:, top : top + self.size, left : left + self.size]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained model with a new classification head, frozen.
+
+    Attributes:
+        name: ``starter`` or a timm name.
+        model: the timm model, its head replaced.
+        preprocessing: the model's own.
+        source: where the weights come from, in words.
+        digest: SHA-256 of all weights but the head's.
+    """
+
+    name: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    source: str
+    digest: str
+
+
+def load_backbone(name: str, *, num_classes: int, seed: int = 0, weights: str = "pretrained") -> Backbone:
+    """Load a model and give it a random head from a public seed.
+
+    Args:
+        name: ``starter``, or a name that ``timm.create_model`` knows.
+        num_classes: outputs of the new head.
+        seed: public seed of the head (and of the weights, where those are random).
+        weights: ``pretrained`` (bundled, or from the model hub), ``random``, or the path of a checkpoint
+            (``.safetensors``, or ``.pth``/``.bin``/``.pt`` read without running code).
+
+    Raises:
+        BackboneError: unknown model, no vision transformer head, weights that cannot be had or do not fit.
+    """
+    if name == STARTER:
+        model, preprocessing, source = _starter(weights, seed)
+    else:
+        model, preprocessing, source = _timm(name, weights, seed)
+    digest = backbone_digest(model)
+    initialise_head(model, num_classes, seed=seed)
+    return Backbone(name, model.eval(), preprocessing, source, digest)
+
+
+def backbone_digest(model: nn.Module) -> str:
+    """SHA-256 of the weights and buffers without the classification head."""
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else None
+    own = set() if heads is None else {id(p) for p in heads.parameters()}
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return tensors_digest({key: value for key, value in named.items() if id(value) not in own})
+
+
+def _starter(weights: str, seed: int) -> tuple[nn.Module, Preprocessing, str]:
+    from timm.models.vision_transformer import VisionTransformer
+
+    config = json.loads((_STARTER_FILES / "starter.json").read_text())
+    architecture, public = config["architecture"], config["preprocessing"]
+    preprocessing = Preprocessing(architecture["img_size"], (public["mean"],), (public["std"],))
+    torch_state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = VisionTransformer(num_classes=0, **architecture)
+    finally:
+        torch.random.set_rng_state(torch_state)
+    if weights == "random":
+        return model, preprocessing, f"random, public seed {seed}"
+    if weights != "pretrained":
+        _load_checkpoint(model, Path(weights))
+        return model, preprocessing, f"checkpoint {Path(weights).name}"
+    with _starter_path() as path:
+        _fill(model, load_file(path), "the bundled starter")
+    return model, preprocessing, "bundled; pretrained on rendered characters only"
+
+
+def _starter_path() -> Any:
+    from importlib.resources import as_file
+
+    return as_file(_STARTER_FILES / "starter.safetensors")
+
+
+def _timm(name: str, weights: str, seed: int) -> tuple[nn.Module, Preprocessing, str]:
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name}*")[:5]) or "dptaft models shows some"
+        raise BackboneError(f"unknown model {name!r}; use starter, or a timm name ({near})")
+    torch_state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = timm.create_model(name, pretrained=weights == "pretrained")
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f"cannot get the weights of {name}: {reason}; give a checkpoint file with --weights"
+        ) from error
+    finally:
+        torch.random.set_rng_state(torch_state)
+    preprocessing = _timm_preprocessing(model, name)
+    if weights == "pretrained":
+        source = f"model hub, {model.pretrained_cfg.get('hf_hub_id') or name}"
+    elif weights == "random":
+        source = f"random, public seed {seed}"
+    else:
+        _load_checkpoint(model, Path(weights))
+        source = f"checkpoint {Path(weights).name}"
+    return model, preprocessing, source
+
+
+def _timm_preprocessing(model: nn.Module, name: str) -> Preprocessing:
+    config = timm.data.resolve_model_data_config(model)
+    channels, height, width = config["input_size"]
+    if height != width:
+        raise BackboneError(f"{name} takes images of {height} x {width}; only square inputs are supported")
+    interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
+    if len(mean) != channels:
+        raise BackboneError(f"{name} takes {channels} channels but has {len(mean)} normalisation constants")
+    return Preprocessing(height, mean, std, interpolation, float(config["crop_pct"]))
+
+
+def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise BackboneError(f"no weights {str(path)!r}; use pretrained, random, or the path of a checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise BackboneError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # an unpickling error: the file wants to run code
+        raise BackboneError(f"{path} is not a plain file of tensors; save it as safetensors") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise BackboneError(f"{path} holds no named tensors; save the state_dict of the model")
+    _fill(model, dict(state), str(path))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Copy weights by name; the head's may be missing or of another shape, since it is replaced."""
+    heads = model.get_classifier()
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    persistent = set(model.state_dict())
+    spare = {name for name, p in own.items() if any(p is q for q in heads.parameters())}
+    for name in sorted(persistent - spare):
+        if name not in state:
+            raise BackboneError(f"{where} lacks {name!r}; it belongs to another model")
+        if state[name].shape != own[name].shape:
+            raise BackboneError(
+                f"{where} has {name!r} with shape {tuple(state[name].shape)}, "
+                f"the model needs {tuple(own[name].shape)}"
+            )
+    unknown = sorted(key for key in set(state) - persistent if not key.startswith(("head.", "head_dist.")))
+    if unknown:
+        raise BackboneError(f"{where} holds {unknown[0]!r}, which the model does not have")
+    for name in persistent - spare:
+        own[name].copy_(state[name])
+
+
+def describe_preprocessing(preprocessing: Preprocessing) -> dict[str, object]:
+    """Plain values, for cache keys and run files."""
+    return asdict(preprocessing) | {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}

@@ -1,0 +1,185 @@
+"""`dptaft train`: one private training run, from images to a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dptaft.runs import Run
+
+_OPTIMIZER_FIELDS = ("kind", "learning_rate", "momentum", "l2_regularization", "averaging")
+
+
+@click.command()
+@click.option(
+    "--epsilon", type=float, help="Privacy budget to spend at most; inf for a baseline without privacy."
+)
+@click.option("--delta", type=float, help="Failure probability.  [default: min(1e-5, 1/(10 n))]")
+@click.option(
+    "--data", default="digits", show_default=True, help="digits, a folder of class folders, or a .npz."
+)
+@click.option("--classes", help="Comma-separated class names; declared, so not taken from private data.")
+@click.option("--model", default="starter", show_default=True, help="starter, or a timm model name.")
+@click.option(
+    "--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file."
+)
+@click.option("--scope", default="last:1", show_default=True, help="head, last:K, attention:K or all.")
+@click.option(
+    "--method",
+    type=click.Choice(["tangent", "non-linear"]),
+    default="tangent",
+    show_default=True,
+    help="Linearised model, or ordinary fine-tuning of the same weights.",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(["cross-entropy", "rescaled-square", "huber-square"]),
+    default="cross-entropy",
+    show_default=True,
+)
+@click.option("--steps", type=int, help="Gradient steps.  [default: by size and budget]")
+@click.option(
+    "--clip-norm", "l2_clip_norm", type=float, help="Bound on one record's gradient.  [default: relative]"
+)
+@click.option("--learning-rate", type=float, help="Step size on the mean gradient.  [default: relative]")
+@click.option(
+    "--optimizer", "kind", type=click.Choice(["sgd", "momentum", "adam"]), help="[default: momentum]"
+)
+@click.option("--momentum", type=float, help="Decay of the velocity.  [default: 0.9]")
+@click.option(
+    "--l2", "l2_regularization", type=float, help="L2 regularisation, outside clipping.  [default: 0]"
+)
+@click.option("--averaging", type=click.Choice(["last", "tail", "ema"]), help="Which iterate to release.")
+@click.option(
+    "--sampling",
+    type=click.Choice(["auto", "full-batch", "poisson", "cyclic-partition"]),
+    default="auto",
+    show_default=True,
+    help="How batches are drawn; auto takes the full batch while that is quick.",
+)
+@click.option(
+    "--batch-size", "expected_batch_size", type=int, help="Expected batch size of poisson or cyclic sampling."
+)
+@click.option(
+    "--adjacency",
+    type=click.Choice(["zero-out", "add-remove", "replace-one"]),
+    default="zero-out",
+    show_default=True,
+    help="What neighbouring data sets are.",
+)
+@click.option("--public-size", type=int, help="Public number of records to divide by (for add-remove).")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Public seed of the random head; never of noise."
+)
+@click.option(
+    "--insecure-seed", type=int, help="Seed noise and samples for debugging: voids the privacy claim."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "fused", "hooks", "ghost"]),
+    default="auto",
+    show_default=True,
+    help="How clipped sums are computed; all give the same numbers.",
+)
+@click.option("--physical-batch-size", type=int, help="Records in memory at once; changes nothing else.")
+@click.option(
+    "--feature-cache", type=click.Path(file_okay=False), help="Folder for cached features (private)."
+)
+@click.option(
+    "--feature-precision",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<id>]")
+@click.option("--resume", is_flag=True, help="Continue the interrupted run of the same --output and options.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def train(classes: str | None, as_json: bool, **options: Any) -> None:
+    """Train privately on labelled images and write runs/<id>/.
+
+    With no option but --epsilon it trains on scikit-learn's handwritten digits with the bundled backbone.
+    """
+    if options["epsilon"] is None:
+        raise click.UsageError("give --epsilon, for example --epsilon 3 (or inf for no privacy)")
+    if options["resume"] and options["output"] is None:
+        raise click.UsageError("--resume needs the --output of the interrupted run")
+    import dptaft
+    from dptaft.cli.progress import Bars
+    from dptaft.training.trainer import Interrupted
+
+    given = {name: options.pop(name) for name in _OPTIMIZER_FIELDS}
+    optimizer = {name: value for name, value in given.items() if value is not None}
+    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    try:
+        with Bars() as bars:
+            run = dptaft.train(optimizer=optimizer, classes=names, progress=bars, **options)
+    except Interrupted as stop:
+        click.echo(str(stop), err=True)
+        raise SystemExit(130) from None
+    click.echo(json.dumps(summary(run), indent=2) if as_json else table(run))
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The public facts of a run that the table shows."""
+    facts: dict[str, Any] = {"run": str(run.path), "evaluation_accuracy": run.accuracy}
+    if run.statement is None:
+        return facts | {"no_privacy_claim": run.no_claim}
+    statement = run.statement
+    record, details = statement.mechanism["record"], statement.mechanism
+    mu = statement.accounting.get("mu")
+    return facts | {
+        "epsilon": statement.claim["epsilon"],
+        "delta": statement.claim["delta"],
+        "mu": None if mu is None else mu["mu"],
+        "bound": statement.accounting["bound"],
+        "noise_multiplier": record["noise_multiplier"],
+        "noise_std": details["noise_std"],
+        "l2_clip_norm": details["l2_clip_norm"],
+        "steps": details["steps_executed"],
+        "sampling": details["sampler"],
+        "adjacency": statement.claim["adjacency"],
+        "unit": statement.claim["unit"],
+        "random_source": statement.implementation["noise_source"],
+        "caveats": statement.admin.get("caveats", []),
+    }
+
+
+def table(run: Run) -> str:
+    """The summary as aligned lines."""
+    facts = summary(run)
+    accuracy = facts["evaluation_accuracy"]
+    rows = [
+        (
+            "accuracy",
+            "none: no evaluation images"
+            if accuracy is None
+            else f"{accuracy:.2%} on held-out evaluation images",
+        )
+    ]
+    if run.statement is None:
+        rows.append(("privacy", f"NO CLAIM: {run.no_claim}"))
+    else:
+        rows += _privacy_rows(facts)
+    rows.append(("run", facts["run"]))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _privacy_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    noise = facts["noise_multiplier"]
+    shown = f"{noise:.5g}" if isinstance(noise, float) else f"{min(noise):.5g} to {max(noise):.5g} (schedule)"
+    mu = facts["mu"]
+    return [
+        ("epsilon", f"{facts['epsilon']:.6g} at delta {facts['delta']:.3g} ({facts['bound']})"),
+        ("mu", f"{mu:.6g} (Gaussian differential privacy)" if mu is not None else "not exactly Gaussian"),
+        ("noise multiplier", f"{shown} (standard deviation {facts['noise_std']:.5g} on the clipped sum)"),
+        ("steps", f"{facts['steps']} ({facts['sampling']})"),
+        ("adjacency", f"{facts['adjacency']}, unit: {facts['unit']}"),
+        ("random source", facts["random_source"]),
+        *(("note", line) for line in facts["caveats"]),
+    ]

@@ -1,0 +1,203 @@
+"""One trainable model over one backbone: features, clipping engine, logits; tangent or ordinary fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dptaft.backbones import Backbone, describe_preprocessing
+from dptaft.data import Split
+from dptaft.features import build_features, feature_key
+from dptaft.tangent.choose import tangent_operator
+from dptaft.tangent.cut import Above
+from dptaft.tangent.dual_operator import DualOperator
+from dptaft.tangent.model import TangentModel
+from dptaft.tangent.operator import Features
+from dptaft.training.clipping import Adjacency
+from dptaft.training.fused import FusedEngine
+from dptaft.training.losses import Loss
+from dptaft.training.opacus_engine import FromBoundary, OpacusEngine, check_private_modules
+from dptaft.training.plan import ModelConfig, PerformanceConfig, PlanError
+
+Progress = Callable[[str, int, int], None]
+FEATURE_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Features of a split, and the SHA-256 of its pixels (private: it identifies the data)."""
+
+    features: Features
+    digest: str
+
+
+class Learner:
+    """A backbone with trainable weights on top, seen through cached features.
+
+    Args:
+        backbone: frozen model with its head.
+        model: scope, method, feature precision.
+        performance: device and engine.
+
+    Raises:
+        PlanError: an engine that the method or model does not have.
+        ValueError: a scope that the model does not have, or layers that no per-example clipping bounds.
+    """
+
+    def __init__(self, backbone: Backbone, model: ModelConfig, performance: PerformanceConfig) -> None:
+        check_private_modules(backbone.model)
+        self.backbone, self.config, self.performance = backbone, model, performance
+        self.device = resolve_device(performance.device)
+        self.tangent = TangentModel(backbone.model.to(self.device), model.scope)
+        self.engine_kind = self._choose_engine()
+        fused = self.engine_kind == "fused"
+        self.operator = tangent_operator(self.tangent) if fused else DualOperator(self.tangent)
+        self._module, self.parameters = self._build_module()
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether the logits are linear in the trained weights."""
+        return self.config.method == "tangent"
+
+    def _choose_engine(self) -> str:
+        asked = self.performance.engine
+        if self.config.method == "non-linear":
+            if asked == "fused":
+                raise PlanError(
+                    "the fused engine needs a tangent model; use engine hooks or ghost with non-linear"
+                )
+            return "hooks" if asked == "auto" else asked
+        if asked in ("hooks", "ghost") and not self.tangent.is_dual:
+            raise PlanError(
+                f"engine {asked} does not see the tangents of {self.backbone.name}; use engine fused"
+            )
+        return "fused" if asked == "auto" else asked
+
+    def _build_module(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        if self.config.method == "tangent":
+            return FromBoundary(self.tangent), self.tangent.theta()
+        above = Above(copy.deepcopy(self.backbone.model), self.tangent.cut).requires_grad_(False)
+        chosen = {name: above.get_parameter(f"model.{name}") for name in self.tangent.names}
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+        return _PlainAbove(above, self.operator.dtype), chosen
+
+    def features(self, split: Split, progress: Progress | None = None, label: str = "features") -> Cached:
+        """Cached constants of all images of a split, on the device, in memory or in the feature cache."""
+        cache, seen = self.performance.feature_cache, _PixelDigest()
+        key = None if cache is None else self._key(split)
+        prepare = self.backbone.preprocessing
+
+        def read(image: Tensor) -> Tensor:
+            seen.add(image)
+            return prepare(image)
+
+        features = build_features(
+            (images.to(self.device) for images in split.batches(FEATURE_BATCH, read)),
+            len(split),
+            self.tangent,
+            self.operator,
+            precision=self.config.feature_precision,
+            cache=None if cache is None else Path(cache),
+            key=key,
+            progress=None if progress is None else lambda done, total: progress(label, done, total),
+        )
+        return Cached(features, seen.value() if key is None else key)
+
+    def _key(self, split: Split) -> str:
+        seen = _PixelDigest()
+        for i in range(len(split)):
+            seen.add(split.pixels[i])
+        return feature_key(
+            self.tangent,
+            self.operator,
+            preprocessing=describe_preprocessing(self.backbone.preprocessing),
+            data=seen.value(),
+            precision=self.config.feature_precision,
+        )
+
+    def engine(
+        self, features: Features, labels: Tensor, *, loss: Loss, l2_clip_norm: float, adjacency: Adjacency
+    ) -> FusedEngine | OpacusEngine:
+        """The engine that computes clipped sums over these examples."""
+        size = self.performance.physical_batch_size
+        common = {"loss": loss, "l2_clip_norm": l2_clip_norm, "adjacency": adjacency}
+        if size is not None:
+            common["physical_batch_size"] = size
+        labels = labels.to(self.device)
+        if self.engine_kind == "fused":
+            return FusedEngine(self.operator, features, labels, **common)
+        return OpacusEngine(
+            self._module,
+            features["boundary"],
+            labels,
+            num_classes=self.operator.num_classes,
+            parameters=self.parameters,
+            method=self.engine_kind,
+            **common,
+        )
+
+    @torch.no_grad()
+    def logits(self, features: Features, weights: Mapping[str, Tensor], batch: int = 512) -> Tensor:
+        """Logits (n, C) of cached examples for trained weights, on the CPU."""
+        if self.config.method == "tangent":
+            parts = [
+                self.operator.jvp(features.index(slice(i, i + batch)), weights)
+                for i in range(0, len(features), batch)
+            ]
+        else:
+            named = {f"above.model.{name}": value for name, value in weights.items()}
+            module = self._module.eval()
+            parts = [
+                torch.func.functional_call(module, named, (features["boundary"][i : i + batch],))
+                for i in range(0, len(features), batch)
+            ]
+        return torch.cat(parts).float().cpu()
+
+
+class _PlainAbove(nn.Module):
+    """The trainable part of the ordinary model, from cached activations of any precision."""
+
+    def __init__(self, above: Above, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.above = above
+        self._dtype = dtype
+
+    def forward(self, boundary: Tensor) -> Tensor:
+        return self.above(boundary.to(self._dtype))
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is a CUDA device where there is one, else the CPU.
+
+    Raises:
+        PlanError: an unknown or missing device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise PlanError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+class _PixelDigest:
+    """SHA-256 over images in order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, image: Tensor) -> None:
+        self._digest.update(str(tuple(image.shape)).encode())
+        self._digest.update(image.contiguous().numpy().tobytes())
+
+    def value(self) -> str:
+        return self._digest.hexdigest()

@@ -1,0 +1,109 @@
+"""Public default hyperparameters, and the public scale of a Jacobian that they are relative to.
+
+Gradients of different backbones differ in size by orders of magnitude. The scale s is the root mean square
+of ``|J^T r|`` over unit cotangents r and *synthetic* images, so no private image takes part. Clip norm and
+learning rate are stated for the rescaled model J/s, whose natural units are logits:
+
+    l2_clip_norm = s * relative_clip_norm,    learning_rate = relative_learning_rate / s^2.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dptaft.backbones import Preprocessing
+from dptaft.learner import Learner
+from dptaft.training.plan import PrivacyConfig
+from dptaft.training.sampling import automatic_sampling_rate
+
+PUBLIC_IMAGES = 32
+TIME_BUDGET_S = 600.0
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Hyperparameters for one data size and budget."""
+
+    steps: int
+    relative_clip_norm: float
+    relative_learning_rate: float
+    momentum: float
+
+
+def default_hyperparameters(num_records: int, epsilon: float) -> Defaults:
+    """Choose steps, clip norm, learning rate and momentum from public facts alone.
+
+    Example:
+        >>> default_hyperparameters(1437, 3.0).steps
+        100
+    """
+    return Defaults(steps=100, relative_clip_norm=0.1, relative_learning_rate=1.0, momentum=0.9)
+
+
+def synthetic_images(count: int, preprocessing: Preprocessing, seed: int = 0) -> Tensor:
+    """Smooth random images with a 1/f spectrum, prepared for the model: (count, channels, size, size).
+
+    Example:
+        >>> synthetic_images(2, Preprocessing(28, (0.5,), (0.5,))).shape
+        torch.Size([2, 1, 28, 28])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = preprocessing.size
+    noise = torch.randn(count, preprocessing.channels, size, size, generator=generator, dtype=torch.float64)
+    rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
+    frequency = (rows.square() + columns.square()).sqrt().clamp(min=1.0 / size)
+    smooth = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(size, size))
+    low, high = smooth.amin((1, 2, 3), keepdim=True), smooth.amax((1, 2, 3), keepdim=True)
+    return torch.stack([preprocessing(image) for image in ((smooth - low) / (high - low)).float()])
+
+
+@torch.no_grad()
+def jacobian_scale(learner: Learner) -> float:
+    """Root mean square of ``|J_i^T r|`` over synthetic images and random unit cotangents (public seed).
+
+    Raises:
+        ValueError: a scale that is zero or not finite: nothing could be learned in this scope.
+    """
+    images = synthetic_images(PUBLIC_IMAGES, learner.backbone.preprocessing).to(learner.device)
+    features = learner.operator.extract(learner.tangent.boundary(images))
+    generator = torch.Generator().manual_seed(1)
+    r = torch.randn(PUBLIC_IMAGES, learner.operator.num_classes, generator=generator)
+    r = (r / r.norm(dim=1, keepdim=True)).to(learner.device)
+    norms = learner.operator.gradient_norms(features, r).double()
+    scale = math.sqrt(float(norms.square().mean()))
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(
+            f"the Jacobian of {learner.backbone.name} in scope {learner.config.scope} has scale {scale}; "
+            "choose another scope or other weights"
+        )
+    return scale
+
+
+@torch.no_grad()
+def automatic_rate(learner: Learner, privacy: PrivacyConfig, num_records: int, steps: int) -> float:
+    """Sampling rate for ``auto``: 1 (full batch) while training is expected to take at most ten minutes.
+
+    Time per record is measured on synthetic images, one forward and one transposed product.
+    """
+    if privacy.sampling != "auto" or privacy.expected_batch_size is not None:
+        return 1.0
+    images = synthetic_images(PUBLIC_IMAGES, learner.backbone.preprocessing).to(learner.device)
+    operator = learner.operator
+    features = operator.extract(learner.tangent.boundary(images))
+    theta = {name: value.detach() for name, value in learner.tangent.theta().items()}
+    elapsed = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        operator.vjp(features, operator.jvp(features, theta) + 1.0).popitem()[1].cpu()
+        elapsed = min(elapsed, time.perf_counter() - started)
+    return automatic_sampling_rate(
+        num_examples=num_records,
+        seconds_per_example=elapsed / PUBLIC_IMAGES,
+        steps=steps,
+        time_budget_s=TIME_BUDGET_S,
+    )

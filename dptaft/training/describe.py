@@ -1,0 +1,168 @@
+"""The privacy statement of a run, filled from what the run really did."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from dptaft.data import ImageData
+from dptaft.training.clipping import l2_sensitivity
+from dptaft.training.noise import FLOAT_MITIGATION, NoiseSource
+from dptaft.training.optimizers import OptimizerConfig, PrivateOptimizer
+from dptaft.training.plan import Plan, Request
+from dptaft_accounting import PrivacyStatement
+
+_PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
+SEEDED = "noise and sampling were seeded (--insecure-seed): whoever knows the seed can undo them, so no privacy is claimed"
+NOISELESS = "epsilon is infinite: a non-private baseline without noise"
+
+
+def no_claim(request: Request) -> str | None:
+    """Why a run claims nothing; None for a private one."""
+    if request.privacy.is_private:
+        return None
+    return SEEDED if request.privacy.insecure_seed is not None else NOISELESS
+
+
+def build_statement(
+    data: ImageData,
+    request: Request,
+    plan: Plan,
+    optimizer: OptimizerConfig,
+    private: PrivateOptimizer,
+    executed: tuple[int, ...],
+    *,
+    backbone: Mapping[str, str],
+    utility: Mapping[str, Any],
+    admin: Mapping[str, Any],
+) -> PrivacyStatement:
+    """Account all executed steps and write down claim, mechanism and circumstances.
+
+    Args:
+        executed: numbers of all steps that may have touched the data, repeated ones again.
+        private: the optimiser that added the noise; its standard deviation is published as it was.
+    """
+    return PrivacyStatement.build(
+        plan.mechanism(executed),
+        plan.delta,
+        unit="one training record",
+        claim=_claim(data, request, backbone),
+        details=_details(request, plan, optimizer, private, executed),
+        composition=_composition(request),
+        implementation=_implementation(plan),
+        utility=utility,
+        admin={**admin, "caveats": caveats(data, request, plan, executed)},
+    )
+
+
+def _claim(data: ImageData, request: Request, backbone: Mapping[str, str]) -> dict[str, Any]:
+    privacy = request.privacy
+    not_protected = ["side channels: timing, memory, files on the training machine"]
+    if data.evaluation is not None:
+        not_protected.insert(0, "the evaluation images: their accuracy is published as it is")
+    if not data.classes_are_public:
+        not_protected.insert(0, "the list of classes: it was taken from the data")
+    return {
+        "not_protected": not_protected,
+        "public": [
+            f"backbone {backbone['name']} ({backbone['source']}) and its normalisation constants",
+            f"number of classes: {len(data.classes)}",
+        ],
+        "data_accesses": {
+            "training": "covered",
+            "normalisation": "public",
+            "classes": "public" if data.classes_are_public else "not covered",
+            "clipping_choice": "public" if privacy.l2_clip_norm is None else "not covered",
+            "hyperparameters": "not covered" if _chosen(request) else "public",
+            "early_stopping": "none",
+            "number_of_records": "none" if privacy.adjacency == "add-remove" else "public",
+            "evaluation": "none" if data.evaluation is None else "not covered",
+        },
+    }
+
+
+def caveats(data: ImageData, request: Request, plan: Plan, executed: tuple[int, ...]) -> list[str]:
+    """What a reader of the claim must know, one line each."""
+    found = []
+    chosen = _chosen(request) + (["l2_clip_norm"] if request.privacy.l2_clip_norm is not None else [])
+    if chosen:
+        found.append(
+            f"{', '.join(chosen)} were given by the user: trying several values on these records costs privacy "
+            "that is not accounted here"
+        )
+    if len(executed) != plan.steps:
+        found.append(
+            f"the run was interrupted: {len(executed)} executed steps are accounted, {plan.steps} were planned"
+        )
+    if data.is_public:
+        found.append(f"{data.name} is a public benchmark: the claim shows what private data would get")
+    return found
+
+
+def _chosen(request: Request) -> list[str]:
+    privacy = [
+        name for name in ("steps", "expected_batch_size") if getattr(request.privacy, name) is not None
+    ]
+    return privacy + sorted(request.optimizer)
+
+
+def _details(
+    request: Request,
+    plan: Plan,
+    optimizer: OptimizerConfig,
+    private: PrivateOptimizer,
+    executed: tuple[int, ...],
+) -> dict[str, Any]:
+    return {
+        "clipping": "exact joint L2 norm of every record's gradient",
+        "l2_clip_norm": private.max_grad_norm,
+        "noise_std": private.noise_std,
+        "sensitivity": l2_sensitivity(private.max_grad_norm, private.adjacency),
+        "sampler": plan.sampling.kind,
+        "expected_batch_size": plan.normaliser,
+        "normaliser": plan.normaliser,
+        "steps_planned": plan.steps,
+        "steps_executed": len(executed),
+        "stopping_rule": "fixed number of steps",
+        "method": request.model.method,
+        "scope": request.model.scope,
+        "loss": request.model.loss,
+        "optimizer": optimizer.kind,
+        "averaging": optimizer.averaging,
+        "dtypes": {"sums": "float32", "noise": "float64", "features": request.model.feature_precision},
+    }
+
+
+def _composition(request: Request) -> dict[str, Any]:
+    chosen = _chosen(request)
+    return {
+        "hyperparameter_choice": "given by the user" if chosen else "public defaults",
+        "hyperparameter_cost": "not accounted: trying several values on the same data costs privacy"
+        if chosen
+        else "none: fixed before the data was read",
+    }
+
+
+def _implementation(plan: Plan) -> dict[str, Any]:
+    sampling = (
+        "none: every record in every step" if plan.sampling.kind == "full-batch" else NoiseSource.description
+    )
+    return {
+        "versions": _versions(),
+        "noise_source": NoiseSource.description,
+        "sampling_source": sampling,
+        "float_mitigation": FLOAT_MITIGATION,
+        "nan_policy": "records with non-finite values contribute zero",
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,319 @@
+"""What a run will do, decided before any private image is read: configuration, mechanism, noise.
+
+Three frozen configurations are kept apart: `PrivacyConfig` decides the guarantee, `ModelConfig` what is
+learned, `PerformanceConfig` only how fast; no performance setting can reach the mechanism record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from dptaft_accounting import (
+    CyclicGaussian,
+    FullBatchGaussian,
+    Mechanism,
+    PoissonGaussian,
+    Target,
+    calibrate_noise_multiplier,
+)
+
+SAMPLERS = ("auto", "full-batch", "poisson", "cyclic-partition")
+ADJACENCIES = ("zero-out", "add-remove", "replace-one")
+ENGINES = ("auto", "fused", "hooks", "ghost")
+METHODS = ("tangent", "non-linear")
+
+
+class PlanError(ValueError):
+    """A requested run cannot be made private as asked; the message names the value and the remedy."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PlanError(message)
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"unknown {name} {value!r}; use {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Everything that decides the guarantee.
+
+    Attributes:
+        epsilon: target; ``inf`` trains without noise and claims nothing.
+        delta: failure probability; None takes ``min(1e-5, 1/(10 n))``.
+        adjacency: ``zero-out`` (one record replaced by nothing, n public), ``add-remove`` (needs
+            `public_size`) or ``replace-one`` (twice the sensitivity).
+        steps: gradient steps; None takes the public default.
+        l2_clip_norm: bound on one record's gradient; None takes the public default.
+        sampling: ``full-batch``, ``poisson``, ``cyclic-partition`` (secret, random), or ``auto``.
+        expected_batch_size: of Poisson samples and cyclic parts.
+        public_size: public constant that normalises sums in place of the number of records.
+        insecure_seed: makes noise and samples reproducible, which voids every claim.
+
+    Raises:
+        PlanError: a value out of range.
+    """
+
+    epsilon: float
+    delta: float | None = None
+    adjacency: str = "zero-out"
+    steps: int | None = None
+    l2_clip_norm: float | None = None
+    sampling: str = "auto"
+    expected_batch_size: int | None = None
+    public_size: int | None = None
+    insecure_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.epsilon, int | float) and self.epsilon > 0,
+            f"epsilon must be a positive number, got {self.epsilon}; use inf for a run without privacy",
+        )
+        _require(
+            self.delta is None or 0 < self.delta < 1,
+            f"delta must lie strictly between 0 and 1, got {self.delta}; a usual choice is 1e-5",
+        )
+        _choice("adjacency", self.adjacency, ADJACENCIES)
+        _choice("sampling", self.sampling, SAMPLERS)
+        _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
+        clip = self.l2_clip_norm
+        _require(
+            clip is None or (math.isfinite(clip) and clip > 0),
+            f"the clip norm must be finite and positive, got {clip}",
+        )
+        for name in ("expected_batch_size", "public_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            (self.adjacency == "add-remove") == (self.public_size is not None),
+            "adjacency add-remove needs a public number of records to divide by (and only it takes one); "
+            "give --public-size, or use zero-out",
+        )
+        _require(
+            self.sampling != "full-batch" or self.expected_batch_size is None,
+            f"a full batch has no batch size to choose, got {self.expected_batch_size}; use poisson sampling",
+        )
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the run will make a privacy claim."""
+        return math.isfinite(self.epsilon) and self.insecure_seed is None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is learned: backbone, linearised part, loss. Public."""
+
+    name: str = "starter"
+    weights: str = "pretrained"
+    scope: str = "last:1"
+    method: str = "tangent"
+    loss: str = "cross-entropy"
+    seed: int = 0
+    feature_precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        _choice("method", self.method, METHODS)
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    """How the same mechanism is computed; cannot change the guarantee."""
+
+    device: str = "auto"
+    engine: str = "auto"
+    physical_batch_size: int | None = None
+    feature_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("engine", self.engine, ENGINES)
+        size = self.physical_batch_size
+        _require(size is None or size >= 1, f"physical_batch_size must be at least 1, got {size}")
+
+
+def default_delta(num_records: int) -> float:
+    """``min(1e-5, 1/(10 n))``: far below the chance of exposing one of n records by publishing it.
+
+    >>> default_delta(1437), default_delta(10**6)
+    (1e-05, 1e-07)
+    """
+    return min(1e-5, 1.0 / (10.0 * num_records))
+
+
+def delta_warning(delta: float, num_records: int) -> str | None:
+    """Say why a delta above 1/n protects nobody; None where it is small enough."""
+    if delta <= 1.0 / num_records:
+        return None
+    return (
+        f"delta {delta:g} is above 1/n: publishing one whole record at random would satisfy such a claim; "
+        f"use at most {default_delta(num_records):.2g}"
+    )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampler with its numbers: probability of one record per step, parts per epoch for cyclic ones."""
+
+    kind: str
+    rate: float = 1.0
+    parts: int = 1
+
+
+def resolve_sampling(privacy: PrivacyConfig, num_records: int, automatic_rate: float = 1.0) -> Sampling:
+    """Choose the sampler for a data set.
+
+    Args:
+        privacy: the request.
+        num_records: n.
+        automatic_rate: sampling rate for ``auto``; 1 means full batch.
+
+    Raises:
+        PlanError: a batch larger than the data, or none given where one is needed.
+    """
+    size, kind = privacy.expected_batch_size, privacy.sampling
+    normaliser = privacy.public_size or num_records
+    if size is not None and size > normaliser:
+        raise PlanError(f"batch size {size} is larger than the {normaliser} records; make it smaller")
+    if kind == "auto":
+        rate = automatic_rate if size is None else size / normaliser
+        return Sampling("full-batch") if rate >= 1 else Sampling("poisson", rate)
+    if kind == "full-batch":
+        return Sampling("full-batch")
+    if size is None:
+        raise PlanError(f"{kind} sampling needs an expected batch size; give --batch-size")
+    if kind == "poisson":
+        return Sampling("poisson", size / normaliser)
+    parts = max(1, round(normaliser / size))
+    return Sampling("cyclic-partition", 1.0 / parts, parts)
+
+
+def whole_epochs(steps: int, sampling: Sampling) -> int:
+    """Steps rounded up to whole passes over a cyclic partition; unchanged for other samplers.
+
+    >>> whole_epochs(25, Sampling("cyclic-partition", 0.1, parts=10))
+    30
+    """
+    return sampling.parts * math.ceil(steps / sampling.parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with all numbers filled in; `noise_multiplier` is the noise's standard deviation over the clip norm.
+
+    Attributes:
+        delta: of the claim.
+        steps: planned gradient steps.
+        sampling: how batches are drawn.
+        noise_multiplier: base value; 0 for a run without privacy.
+        noise_factors: per-step factors on it (all 1 without a schedule).
+        adjacency: of the claim.
+        normaliser: public divisor of the noised sum.
+    """
+
+    delta: float
+    steps: int
+    sampling: Sampling
+    noise_multiplier: float
+    noise_factors: tuple[float, ...] = field(repr=False)
+    adjacency: str
+    normaliser: float
+
+    def mechanism(self, executed: tuple[int, ...] | None = None) -> Mechanism:
+        """Record of the planned steps, or of the steps that were executed (numbers, repeated ones again)."""
+        return _record(self, self.noise_multiplier, executed)
+
+
+def make_plan(
+    privacy: PrivacyConfig,
+    *,
+    num_records: int,
+    steps: int,
+    sampling: Sampling,
+    noise_factors: tuple[float, ...] | None = None,
+) -> Plan:
+    """Calibrate the noise so that the planned mechanism spends at most the requested epsilon.
+
+    Raises:
+        PlanError: a combination without a sound bound, or a target that no noise reaches.
+    """
+    factors = noise_factors or (1.0,) * steps
+    if len(set(factors)) > 1 and sampling.kind != "full-batch":
+        raise PlanError(
+            f"a noise schedule needs full-batch sampling, not {sampling.kind}; keep the noise constant"
+        )
+    delta = privacy.delta if privacy.delta is not None else default_delta(privacy.public_size or num_records)
+    plan = Plan(
+        delta=delta,
+        steps=steps,
+        sampling=sampling,
+        noise_multiplier=0.0,
+        noise_factors=factors,
+        adjacency=privacy.adjacency,
+        normaliser=(privacy.public_size or num_records) * sampling.rate,
+    )
+    if math.isinf(privacy.epsilon):
+        return plan
+    target = Target(epsilon=float(privacy.epsilon), delta=delta)
+    noise = calibrate_noise_multiplier(lambda z: _record(plan, z, None), target)
+    return replace(plan, noise_multiplier=noise)
+
+
+def _record(plan: Plan, noise: float, executed: tuple[int, ...] | None) -> Mechanism:
+    numbers = tuple(range(plan.steps)) if executed is None else executed
+    kind, common = plan.sampling.kind, {"adjacency": plan.adjacency}
+    if kind == "full-batch":
+        values = tuple(noise * plan.noise_factors[i] for i in numbers)
+        same = len(set(values)) == 1
+        return FullBatchGaussian(values[0] if same else values, steps=len(values), **common)
+    if kind == "poisson":
+        return PoissonGaussian(noise, sampling_rate=plan.sampling.rate, steps=len(numbers), **common)
+    parts = plan.sampling.parts
+    if parts == 1:
+        return FullBatchGaussian(noise, steps=len(numbers), **common)
+    return CyclicGaussian(
+        noise,
+        batches_per_epoch=parts,
+        epochs=math.ceil(len(numbers) / parts),
+        partition="secret-random",
+        **common,
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a run was asked for; a resumed run is held to it.
+
+    Attributes:
+        privacy: decides the guarantee.
+        model: what is learned.
+        optimizer: fields of `OptimizerConfig` that the user set; the others take public defaults.
+        performance: how fast.
+        data: name or path of the data, for records.
+    """
+
+    privacy: PrivacyConfig
+    model: ModelConfig
+    optimizer: Mapping[str, Any]
+    performance: PerformanceConfig
+    data: str
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as TOML-able values: unset fields left out."""
+    return {key: value for key, value in _plain_items(asdict(config))}
+
+
+def _plain_items(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    items = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            value = dict(_plain_items(value))
+        items.append((key, list(value) if isinstance(value, tuple) else value))
+    return items
