@@ -43,8 +43,7 @@ would give as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -121,24 +120,20 @@ def hidden_participation_profile(problem: Problem, delta: float) -> PldProfile:
         problem: contraction strictly below 1.
         delta: where the search looks; the curve is valid everywhere.
     """
-    best = min(_layouts(problem), key=lambda layout: _epsilon(problem, layout, delta))
+    horizon = problem.horizon
+    if horizon <= 2:
+        return evaluate(problem, Layout(horizon, 1.0, 2.0), _FINE)
+    scale = min(float(horizon), 1 / (1 - problem.contraction))
+    sizes = sorted({max(1, min(horizon - 1, round(scale * f))) for f in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)})
+    best = _best(problem, delta, [Layout(size, share, 2.0) for size in sizes for share in (0.62, 0.9)])
+    shares = (best.share - 0.12, 0.5 + best.share / 2)
+    best = _best(problem, delta, [best, *(replace(best, share=share) for share in shares)])
+    best = _best(problem, delta, [best, *(replace(best, growth=growth) for growth in (1.5, 3.0))])
     return evaluate(problem, best, _FINE)
 
 
-def _epsilon(problem: Problem, layout: Layout, delta: float) -> float:
-    return evaluate(problem, layout, _COARSE).epsilon(delta)
-
-
-def _layouts(problem: Problem) -> Iterator[Layout]:
-    horizon = problem.horizon
-    if horizon <= 2:
-        yield Layout(horizon, 1.0, 2.0)
-        return
-    scale = min(float(horizon), 1 / (1 - problem.contraction))
-    sizes = sorted({max(1, min(horizon - 1, round(scale * f))) for f in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)})
-    for size in sizes:
-        for share in (0.6, 0.75, 0.9):
-            yield Layout(size, share, 2.0)
+def _best(problem: Problem, delta: float, layouts: list[Layout]) -> Layout:
+    return min(layouts, key=lambda layout: evaluate(problem, layout, _COARSE).epsilon(delta))
 
 
 def evaluate(problem: Problem, layout: Layout, resolution: Resolution) -> PldProfile:
