@@ -43,7 +43,7 @@ FLOAT_MITIGATION = (
 )
 """One line for reports."""
 
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 _MASK = 0x7FFFFFFFFFFFFFFF
 _LARGEST_CELL = 2.0**48
 _ROUNDING_ALLOWANCE = 1.125
