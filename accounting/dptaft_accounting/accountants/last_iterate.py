@@ -1,9 +1,8 @@
 """Last-iterate bounds for convex losses: noisy gradient descent, cyclic batches, Poisson sampling.
 
-Shifted interpolation (Bok, Su, Altschuler 2024, "Shifted interpolation for differential privacy", Theorem
-3.1 and Appendix C): let X_k = Pi[phi_k(X_{k-1}) + N(0, v_k^2 I)], X' likewise with phi'_k, same start, phi_k
-c_k-Lipschitz and sup |phi_k - phi'_k| <= s_k. For every b >= 0 with b_0 = b_T = 0 the pair (X_T, X'_T) is
-mu-GDP with
+Shifted interpolation (Bok, Su, Altschuler 2024, "Shifted interpolation for differential privacy", section
+3): let X_k = Pi[phi_k(X_{k-1}) + N(0, v_k^2 I)], X' likewise with phi'_k, same start, phi_k c_k-Lipschitz
+and sup |phi_k - phi'_k| <= s_k. For every b >= 0 with b_0 = b_T = 0 the pair (X_T, X'_T) is mu-GDP with
 
     mu^2 = sum_k max(0, c_k b_{k-1} + s_k - b_k)^2 / v_k^2.
 
@@ -38,7 +37,7 @@ _UP = 1 + 1e-11
 def noisy_gd_mu(noise_multiplier: float, contraction: float, steps: int, sensitivity: float = 1.0) -> float:
     """Returns mu of the last iterate of full-batch noisy gradient descent with constant step and noise.
 
-    mu = (s/z) sqrt((1 - c^T)/(1 + c^T) (1 + c)/(1 - c)) (Bok, Su, Altschuler 2024, Theorem 4.2); attained by
+    mu = (s/z) sqrt((1 - c^T)/(1 + c^T) (1 + c)/(1 - c)) (Bok, Su, Altschuler 2024, section 4); attained by
     quadratics. c = 1 gives composition, sqrt(T) s/z.
 
     >>> round(noisy_gd_mu(10.0, 0.98, 100), 6)
@@ -109,7 +108,7 @@ def projected_mu(
     """Returns the smallest mu over all moments tau from which |X_tau - X'_tau| <= D is used as the start.
 
     For constant s, v and c = 1 and R = T - tau this is mu^2 = (R s^2 + 2 s D + D^2/R)/v^2 (Altschuler,
-    Talwar 2022; Bok, Su, Altschuler 2024, Theorem 4.8).
+    Talwar 2022; Bok, Su, Altschuler 2024, section 4).
     """
     total = len(shifts)
     best = shifted_mu(shifts, noises, contractions)
@@ -131,7 +130,7 @@ def cyclic_mu(
     """Returns mu for a record whose batch has `steps_after` further batches behind it in every epoch.
 
     The best shift allocation of the module's lemma; for `steps_after = 0` it equals the closed form of Bok,
-    Su, Altschuler 2024, Theorem 4.5.
+    Su, Altschuler 2024, section 4.
 
     >>> round(cyclic_mu(5.0, 0.98, 10, 50, 0), 6)
     0.270004

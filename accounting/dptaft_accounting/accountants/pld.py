@@ -118,7 +118,7 @@ class Mixture:
         """Poisson-sampled Gaussian, shifted by `offset`, for `group` records that are sampled independently.
 
         The number of sampled records is Binomial(group, p), each of which shifts by 1/z (Ganesh 2024, "Tight
-        group-level DP guarantees for DP-SGD with sampling via mixture of Gaussians mechanisms", Theorem 3.1).
+        group-level DP guarantees for DP-SGD with sampling via mixture of Gaussians mechanisms").
         """
         p, step = sampling_rate, 1 / noise_multiplier
         weights = [math.comb(group, k) * p**k * (1 - p) ** (group - k) for k in range(group + 1)]
