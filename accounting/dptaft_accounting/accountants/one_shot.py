@@ -12,8 +12,7 @@ from dptaft_accounting.tradeoff import mu_to_delta
 
 @dataclass(frozen=True)
 class ObjectivePerturbationProfile(DeltaCurve):
-    """Curve of one exactly solved problem (Redberg, Koskela, Wang 2023, hockey-stick bound for generalised
-    linear losses).
+    """Curve of one exactly solved problem with a generalised linear loss (Redberg, Koskela, Wang 2023).
 
     With e = eps - |log(1 - beta/lambda)| and e^ = e - L^2/(2 sigma^2):
     delta = 2 H(e, L/sigma) where e^ >= 0, else 1 - exp(e^) + 2 exp(e^) H(L^2/(2 sigma^2), L/sigma).
