@@ -1,4 +1,4 @@
-"""What a model costs in a scope: trained weights, cached bytes and time per image, and how tangents are computed."""
+"""What a model costs in a scope: trained weights, cached bytes and time per image, kind of tangent."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class ImageData:
         if len(self.classes) < 2:
             raise DataError(f"{self.name} has {len(self.classes)} class; classification needs at least two")
         for split in (self.train, self.evaluation):
-            if split is not None and len(split) and not 0 <= int(split.labels.min()):
+            if split is not None and len(split) and int(split.labels.min()) < 0:
                 raise DataError(f"{self.name} has the label {int(split.labels.min())}; labels start at 0")
             if split is not None and len(split) and int(split.labels.max()) >= len(self.classes):
                 raise DataError(

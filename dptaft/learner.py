@@ -1,4 +1,4 @@
-"""One trainable model over one backbone: features, clipping engine, logits; tangent or ordinary fine-tuning."""
+"""A trainable model over a backbone: features, clipping engine, logits; tangent or ordinary fine-tuning."""
 
 from __future__ import annotations
 

@@ -46,6 +46,9 @@ class Commands(click.Group):
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
+            except KeyboardInterrupt:
+                click.echo("interrupted; no run was written", err=True)
+                raise SystemExit(130) from None
             except ValueError as error:
                 raise UserError(_one_line(error)) from error
             except OSError as error:

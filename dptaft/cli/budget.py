@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from dptaft.cli.format import up
 
 if TYPE_CHECKING:
     from dptaft_accounting import BoundReport, ConvexityCertificate, Mechanism
@@ -174,28 +175,21 @@ def _plot(plan: Plan, noise_multiplier: float, path: Path) -> None:
     figure.savefig(path)
 
 
-def _up(value: float | None, digits: int) -> str:
-    """Formats with `digits` significant digits, rounded up; a shown bound never flatters."""
-    if value is None:
-        return "infinite"
-    return str(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(value)).normalize() + 0)
-
-
 def _print_summary(summary: Mapping[str, Any]) -> None:
-    click.echo(f"epsilon            {_up(summary['epsilon'], 6)} at delta {summary['delta']:g}")
+    click.echo(f"epsilon            {up(summary['epsilon'], 6)} at delta {summary['delta']:g}")
     click.echo(f"adjacency          {summary['adjacency']}, released: {summary['released']}")
     click.echo(f"bound              {summary['bound']}")
     for name, value in summary["bounds"].items():
         if name != summary["bound"]:
-            click.echo(f"  beside it        {name}: {_up(value, 6)}")
-    click.echo(f"noise multiplier   {_up(summary['noise_multiplier'], 6)}")
+            click.echo(f"  beside it        {name}: {up(value, 6)}")
+    click.echo(f"noise multiplier   {up(summary['noise_multiplier'], 6)}")
     click.echo(
-        f"noise std          {_up(summary['noise_std_on_average_gradient'], 4)} on the average gradient"
+        f"noise std          {up(summary['noise_std_on_average_gradient'], 4)} on the average gradient"
     )
     if summary["mu"] is not None:
-        click.echo(f"mu                 {_up(summary['mu'], 4)}")
-    rates = ", ".join(f"{_up(tpr, 2)} at FPR {fpr}" for fpr, tpr in summary["tpr_at_fpr"].items())
-    click.echo(f"best attack        advantage {_up(summary['advantage'], 3)}; TPR {rates}")
+        click.echo(f"mu                 {up(summary['mu'], 4)}")
+    rates = ", ".join(f"{up(tpr, 2)} at FPR {fpr}" for fpr, tpr in summary["tpr_at_fpr"].items())
+    click.echo(f"best attack        advantage {up(summary['advantage'], 3)}; TPR {rates}")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -206,7 +200,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         click.echo(
             f"{row['epsilon']:>8g} {row['steps']:>8} {row['batch_size']:>8} "
-            f"{_up(row['noise_multiplier'], 5):>17} {_up(row['noise_std_on_average_gradient'], 4):>20}"
+            f"{up(row['noise_multiplier'], 5):>17} {up(row['noise_std_on_average_gradient'], 4):>20}"
         )
 
 

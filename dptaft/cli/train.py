@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dptaft.cli.format import up
+
 if TYPE_CHECKING:
     from dptaft.runs import Run
 
@@ -110,7 +112,7 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--resume needs the --output of the interrupted run")
     import dptaft
     from dptaft.cli.progress import Bars
-    from dptaft.training.trainer import Interrupted
+    from dptaft.training.trainer import TrainingInterruptedError
 
     given = {name: options.pop(name) for name in _OPTIMIZER_FIELDS}
     optimizer = {name: value for name, value in given.items() if value is not None}
@@ -118,7 +120,7 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
     try:
         with Bars() as bars:
             run = dptaft.train(optimizer=optimizer, classes=names, progress=bars, **options)
-    except Interrupted as stop:
+    except TrainingInterruptedError as stop:
         click.echo(str(stop), err=True)
         raise SystemExit(130) from None
     click.echo(json.dumps(summary(run), indent=2) if as_json else table(run))
@@ -175,8 +177,8 @@ def _privacy_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     shown = f"{noise:.5g}" if isinstance(noise, float) else f"{min(noise):.5g} to {max(noise):.5g} (schedule)"
     mu = facts["mu"]
     return [
-        ("epsilon", f"{facts['epsilon']:.6g} at delta {facts['delta']:.3g} ({facts['bound']})"),
-        ("mu", f"{mu:.6g} (Gaussian differential privacy)" if mu is not None else "not exactly Gaussian"),
+        ("epsilon", f"{up(facts['epsilon'], 6)} at delta {facts['delta']:.3g} ({facts['bound']})"),
+        ("mu", f"{up(mu, 6)} (Gaussian differential privacy)" if mu is not None else "not exactly Gaussian"),
         ("noise multiplier", f"{shown} (standard deviation {facts['noise_std']:.5g} on the clipped sum)"),
         ("steps", f"{facts['steps']} ({facts['sampling']})"),
         ("adjacency", f"{facts['adjacency']}, unit: {facts['unit']}"),

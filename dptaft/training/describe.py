@@ -15,7 +15,10 @@ from dptaft.training.plan import Plan, Request
 from dptaft_accounting import PrivacyStatement
 
 _PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
-SEEDED = "noise and sampling were seeded (--insecure-seed): whoever knows the seed can undo them, so no privacy is claimed"
+SEEDED = (
+    "noise and sampling were seeded (--insecure-seed): whoever knows the seed can undo them, "
+    "so no privacy is claimed"
+)
 NOISELESS = "epsilon is infinite: a non-private baseline without noise"
 
 
@@ -40,9 +43,8 @@ def build_statement(
 ) -> PrivacyStatement:
     """Account all executed steps and write down claim, mechanism and circumstances.
 
-    Args:
-        executed: numbers of all steps that may have touched the data, repeated ones again.
-        private: the optimiser that added the noise; its standard deviation is published as it was.
+    `executed` numbers all steps that may have touched the data, repeated ones again; `private` is the
+    optimiser that added the noise, whose standard deviation is published as it was.
     """
     return PrivacyStatement.build(
         plan.mechanism(executed),
@@ -89,12 +91,13 @@ def caveats(data: ImageData, request: Request, plan: Plan, executed: tuple[int, 
     chosen = _chosen(request) + (["l2_clip_norm"] if request.privacy.l2_clip_norm is not None else [])
     if chosen:
         found.append(
-            f"{', '.join(chosen)} were given by the user: trying several values on these records costs privacy "
+            f"given by the user: {', '.join(chosen)}; trying several values on these records costs privacy "
             "that is not accounted here"
         )
     if len(executed) != plan.steps:
         found.append(
-            f"the run was interrupted: {len(executed)} executed steps are accounted, {plan.steps} were planned"
+            f"the run was interrupted: {len(executed)} executed steps are accounted, "
+            f"{plan.steps} were planned"
         )
     if data.is_public:
         found.append(f"{data.name} is a public benchmark: the claim shows what private data would get")

@@ -203,7 +203,7 @@ def whole_epochs(steps: int, sampling: Sampling) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with all numbers filled in; `noise_multiplier` is the noise's standard deviation over the clip norm.
+    """A run with all numbers filled in; `noise_multiplier` is standard deviation of the noise over clip norm.
 
     Attributes:
         delta: of the claim.

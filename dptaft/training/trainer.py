@@ -18,6 +18,7 @@ from torch import Tensor
 from dptaft.backbones import describe_preprocessing, load_backbone
 from dptaft.data import ImageData
 from dptaft.learner import Cached, Learner, Progress
+from dptaft.predictor import HEAD, TRAINED
 from dptaft.runs import (
     FORMAT,
     WEIGHTS,
@@ -33,8 +34,10 @@ from dptaft.runs import (
 from dptaft.training.checkpoint import Checkpointer, GracefulStop, check_resumable, data_fingerprint
 from dptaft.training.defaults import automatic_rate, default_hyperparameters, jacobian_scale
 from dptaft.training.describe import build_statement, no_claim
+from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import LOSSES
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
+from dptaft.training.opacus_engine import OpacusEngine
 from dptaft.training.optimizers import IterateAverage, OptimizerConfig, PrivateOptimizer, build_optimizer
 from dptaft.training.plan import (
     Plan,
@@ -49,11 +52,10 @@ from dptaft.training.plan import (
 from dptaft.training.sampling import CyclicPartition, FullBatch, Poisson, Sampler
 
 BLOCK_STEPS = 25
-TRAINED, HEAD = "trained/", "head/"
 Source = NoiseSource | InsecureSeededNoise
 
 
-class Interrupted(RuntimeError):
+class TrainingInterruptedError(RuntimeError):
     """Training stopped early on request; what was spent is recorded in the partial folder."""
 
 
@@ -66,6 +68,11 @@ class Prepared:
     optimizer: OptimizerConfig
     l2_clip_norm: float
     head: Mapping[str, Tensor]
+
+    @property
+    def noise_over_sensitivity(self) -> float:
+        """The plan states noise over clip norm, the optimiser takes noise over sensitivity."""
+        return self.plan.noise_multiplier / (2.0 if self.plan.adjacency == "replace-one" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ def run_training(
 
     Raises:
         ValueError: a request that cannot be met (PlanError, DataError, BackboneError, RunError, ResumeError).
-        Interrupted: a signal asked for a stop.
+        TrainingInterruptedError: a signal asked for a stop.
     """
     check_output(output)
     partial = partial_folder(output)
@@ -174,49 +181,70 @@ def _train(
     sampler = _sampler(plan, len(labels), choice)
     if partial.is_dir():
         check_resumable(sampler, noise)
-    adjacency = plan.adjacency
     engine = learner.engine(
         cached.features,
         labels,
         loss=LOSSES[request.model.loss](),
         l2_clip_norm=prepared.l2_clip_norm,
-        adjacency=adjacency,
+        adjacency=plan.adjacency,
     )
-    # the record states noise over clip norm, the optimiser takes noise over sensitivity
-    noise_multiplier = plan.noise_multiplier / (2.0 if adjacency == "replace-one" else 1.0)
     private = build_optimizer(
         learner.parameters,
         prepared.optimizer,
-        noise_multiplier=noise_multiplier,
+        noise_multiplier=prepared.noise_over_sensitivity,
         l2_clip_norm=prepared.l2_clip_norm,
         expected_batch_size=plan.normaliser,
         source=noise,
-        adjacency=adjacency,
+        adjacency=plan.adjacency,
     )
     average = IterateAverage(prepared.optimizer, plan.steps)
     checkpointer = Checkpointer(partial, _fingerprint(prepared, request, cached, labels))
     try:
         done = checkpointer.restore(learner.parameters, private, average)
-        last = done + plan.steps - checkpointer.progress.charged_steps
-        with GracefulStop((signal.SIGTERM, signal.SIGINT)) as stop:
-            while done < last:
-                end = min(done + BLOCK_STEPS, last)
-                checkpointer.authorise(done, end)
-                while done < end and not stop.requested:
-                    private.set_step(prepared.optimizer, noise_multiplier, done, plan.steps)
-                    private.private_step(engine.clipped_sum(learner.parameters, sampler.next_batch()))
-                    average.update(learner.parameters, done)
-                    done += 1
-                    if progress is not None:
-                        progress("training", done, plan.steps)
-                checkpointer.save(done, learner.parameters, private, average)
-                if stop.requested:
-                    raise Interrupted(f"stopped after {done} of {plan.steps} steps; continue with --resume")
+        _run_steps(prepared, engine, sampler, private, average, checkpointer, done, progress)
         executed = tuple(i for first, end in checkpointer.progress.authorised for i in range(first, end))
     finally:
-        checkpointer.close()
-    private.set_step(prepared.optimizer, noise_multiplier, 0, plan.steps)
+        if checkpointer.started:
+            checkpointer.close()
+        else:
+            checkpointer.remove()
     return Trained(average.value(learner.parameters), private, executed)
+
+
+def _run_steps(
+    prepared: Prepared,
+    engine: FusedEngine | OpacusEngine,
+    sampler: Sampler,
+    private: PrivateOptimizer,
+    average: IterateAverage,
+    checkpointer: Checkpointer,
+    done: int,
+    progress: Progress | None,
+) -> None:
+    """All steps after the first `done`; steps that were authorised before but lost count against the plan."""
+    plan, parameters = prepared.plan, prepared.learner.parameters
+    last = done + plan.steps - checkpointer.progress.charged_steps
+    with GracefulStop((signal.SIGTERM, signal.SIGINT)) as stop:
+        while done < last:
+            end = min(done + BLOCK_STEPS, last)
+            checkpointer.authorise(done, end)
+            while done < end and not stop.requested:
+                private.set_step(prepared.optimizer, prepared.noise_over_sensitivity, done, plan.steps)
+                private.private_step(engine.clipped_sum(parameters, sampler.next_batch()))
+                average.update(parameters, done)
+                done += 1
+                if progress is not None:
+                    progress("training", done, plan.steps)
+            checkpointer.save(done, parameters, private, average)
+            if stop.requested:
+                raise TrainingInterruptedError(
+                    f"stopped after {done} of {plan.steps} steps; "
+                    f"continue with the same options, --output {_output(checkpointer.folder)} and --resume"
+                )
+
+
+def _output(partial: Path) -> Path:
+    return partial.with_name(partial.name.removesuffix(".partial"))
 
 
 def _fingerprint(prepared: Prepared, request: Request, cached: Cached, labels: Tensor) -> dict[str, Any]:
@@ -258,8 +286,8 @@ def _write_run(
     metrics: list[dict[str, Any]],
 ) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    tensors = {f"trained/{key}": value for key, value in trained.weights.items()}
-    tensors |= {f"head/{key}": value for key, value in prepared.head.items()}
+    tensors = {f"{TRAINED}{key}": value for key, value in trained.weights.items()}
+    tensors |= {f"{HEAD}{key}": value for key, value in prepared.head.items()}
     content = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     (folder / WEIGHTS).write_bytes(save(content))
     digest = sha256_file(folder / WEIGHTS)

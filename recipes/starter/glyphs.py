@@ -1,7 +1,8 @@
 """Images of characters made by code alone, for pretraining the starter backbone.
 
-Every image starts as a glyph of a font that matplotlib ships, as an outline or thinned to its skeleton (a pen stroke),
-and is then distorted: affine maps, elastic fields, stroke thickness, resolution, contrast, shading and noise.
+Every image starts as a glyph of a font that matplotlib ships, as an outline or thinned to its skeleton (a pen
+stroke), and is then distorted: affine maps, elastic fields, stroke thickness, resolution, contrast, shading and
+noise.
 No photograph and no person's handwriting is used anywhere.
 """
 
@@ -53,7 +54,7 @@ def render_glyph(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
 
 
 def skeletons(images: np.ndarray) -> np.ndarray:
-    """Thin binary images (n, h, w) to one-pixel strokes (Zhang and Suen 1984, two sub-iterations until stable)."""
+    """Thin binary images (n, h, w) to one-pixel strokes (Zhang and Suen 1984)."""
     ink = images > 0.5
     while True:
         before = ink.sum()

@@ -1,7 +1,7 @@
-"""Pretrain the starter backbone on drawn characters and write it as safetensors.
+r"""Pretrain the starter backbone on drawn characters and write it as safetensors.
 
     python recipes/starter/pretrain.py --steps 5000 --output first
-    python recipes/starter/pretrain.py --start first --steps 6000 --learning-rate 1e-3 --strength 0.8 \\
+    python recipes/starter/pretrain.py --start first --steps 6000 --learning-rate 1e-3 --strength 0.8 \
         --seed 1 --output dptaft/starter
 
 No image of a person or from a data set takes part. Probe accuracies are measured by `probe.py`.
