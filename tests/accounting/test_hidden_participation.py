@@ -9,6 +9,7 @@ from dptaft_accounting.accountants.hidden_participation import (
     Layout,
     Problem,
     Resolution,
+    _binomial_sum,
     evaluate,
     hidden_participation_profile,
 )
@@ -16,7 +17,7 @@ from dptaft_accounting.accountants.last_iterate import batch_overflow, noisy_gd_
 from dptaft_accounting.accountants.pld import Mixture, compose_mixtures
 from dptaft_accounting.bounds import best_bound
 from dptaft_accounting.convexity import ConvexityCertificate
-from dptaft_accounting.errors import CertificateError
+from dptaft_accounting.errors import AccountingError, CertificateError
 from dptaft_accounting.mechanisms import PoissonGaussian
 from dptaft_accounting.tradeoff import GaussianProfile
 
@@ -142,6 +143,35 @@ def test_full_participation_dominates_and_is_approached():
     assert epsilon >= GaussianProfile(noisy_gd_mu(4.0, 0.9, 200)).epsilon(1e-5)
 
 
+@pytest.mark.parametrize(("steps", "c", "p"), [(20_000, 0.9995, 0.9), (3000, 0.999, 0.3), (50, 0.7, 0.5)])
+def test_rounded_sum_of_participations_lies_above_the_true_one(steps, c, p):
+    counts, jumps = np.full(steps // 50, 50), c ** np.arange(0, steps, 50)
+    support, weights, lost = _binomial_sum(jumps, counts, p, 1 << 11)
+    assert 1 - 1e-9 < weights.sum() <= 1
+    assert math.fsum(weights) + lost >= 1
+    mean, deviation = p * counts @ jumps, math.sqrt(p * (1 - p) * counts @ jumps**2)
+    assert mean <= support @ weights <= 1.02 * mean + 0.02 * deviation
+    draws = np.random.default_rng(0).binomial(counts, p, (4000, len(counts))) @ jumps
+    for level in (-2, -1, 0, 1, 2):
+        threshold = mean + level * deviation
+        assert weights[support >= threshold].sum() >= np.mean(draws >= threshold) - 0.03
+
+
+def test_many_participations_in_one_block_leak_at_least_their_sum():
+    # with p = 1 the linear chain attains the exact value
+    problem = Problem(100.0, 1.0, 20_000, 0.9995)
+    exact = GaussianProfile(noisy_gd_mu(100.0, 0.9995, 20_000)).epsilon(1e-5)
+    for layout in (Layout(800, 0.6, 3.0), Layout(2000, 0.6, 2.0), Layout(400, 0.9, 6.0)):
+        assert evaluate(problem, layout, COARSE).epsilon(1e-5) >= exact
+
+
+def test_layouts_and_factors_that_prove_nothing_are_refused():
+    with pytest.raises(AccountingError, match="leave older ones out"):
+        evaluate(Problem(1.0, 0.1, 1000, 0.1), Layout(500, 0.5, 2.0), COARSE)
+    with pytest.raises(AccountingError, match=r"contraction 1\.0"):
+        Problem(1.0, 0.1, 1000, 1.0)
+
+
 def test_one_step_is_one_sampled_gaussian():
     single = compose_mixtures([(Mixture.poisson(1.0, 0.1), 1)])
     bound = hidden_participation_profile(Problem(1.0, 0.1, 1, 0.9), 1e-5)
@@ -149,7 +179,7 @@ def test_one_step_is_one_sampled_gaussian():
 
 
 @pytest.mark.parametrize(
-    ("p", "c"), [(0.5, 0.9), (1.0, 0.9), (0.1, 0.0), (0.1, 1e-9), (0.3, 1e-3), (1e-6, 0.999)]
+    ("p", "c"), [(0.5, 0.9), (1.0, 0.9), (0.1, 0.0), (0.1, 1e-9), (0.1, 1e-200), (0.3, 1e-3), (1e-6, 0.999)]
 )
 def test_edges_of_the_parameters(p, c):
     epsilon = hidden_participation_profile(Problem(2.0, p, 50, c), 1e-5).epsilon(1e-5)

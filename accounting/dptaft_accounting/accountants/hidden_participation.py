@@ -50,10 +50,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dptaft_accounting.accountants.pld import LossPmf, Mixture, PldProfile, compose, discretise_wide
+from dptaft_accounting.errors import AccountingError
 
 Array = NDArray[np.float64]
 
 _TAIL = 1e-17
+_LEAST_CONTRACTION = 1e-12  # keeps the powers of c away from underflow
 _NEGLIGIBLE = 1e-10  # total weight of steps so old that full participation is assumed
 
 
@@ -81,6 +83,12 @@ class Problem:
     steps: int
     contraction: float
     diameter: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.contraction < 1:
+            raise AccountingError(f"contraction {self.contraction!r} is not in [0, 1); hiding needs it")
+        if 0 < self.contraction < _LEAST_CONTRACTION:  # a larger factor holds as well
+            object.__setattr__(self, "contraction", _LEAST_CONTRACTION)
 
     @property
     def horizon(self) -> int:
@@ -137,8 +145,16 @@ def _best(problem: Problem, delta: float, layouts: list[Layout]) -> Layout:
 
 
 def evaluate(problem: Problem, layout: Layout, resolution: Resolution) -> PldProfile:
-    """Returns the curve that one layout proves."""
+    """Returns the curve that one layout proves.
+
+    Raises:
+        AccountingError: the immediate steps leave no block to the steps before them.
+    """
     p, z, c = problem.sampling_rate, problem.noise_multiplier, problem.contraction
+    if c > 0 and problem.horizon <= layout.immediate < problem.steps:
+        raise AccountingError(
+            f"{layout.immediate} immediate steps leave older ones out; at most {problem.horizon - 1} fit"
+        )
     count = min(layout.immediate, problem.steps)
     blocks = layout.blocks(problem.horizon)
     share = layout.share if blocks else 1.0
@@ -177,28 +193,55 @@ def _absorbed(
 
 
 def _binomial_sum(jumps: Array, counts: NDArray[np.int64], p: float, size: int) -> tuple[Array, Array, float]:
-    """Law of sum_i Binomial(counts_i, p) jumps_i on a lattice, every jump rounded up."""
+    """Law of sum_i Binomial(counts_i, p) jumps_i on a lattice, every term of the sum rounded up.
+
+    A term is a whole binomial, so rounding lengthens the sum by less than one lattice step per term, and what
+    Chernoff's bound allows still fits: nothing but `_TAIL` can wrap around to smaller sums. The weights lie
+    below the true ones (the rounding of the transform is taken off), hence are valid in both orders of the
+    pair; what they lack of 1 is returned as lost.
+    """
     total = float(np.sum(jumps * counts))
     orders = np.geomspace(0.05, 500, 120) / float(np.max(jumps))
-    with np.errstate(over="ignore"):
-        growth = np.expm1(np.minimum(np.outer(orders, jumps), 600))
+    growth = np.expm1(np.outer(orders, jumps))
     moments = np.log1p(p * growth) @ counts
     cap = min(total, float(np.min((moments - math.log(_TAIL)) / orders)))
-    grid = cap / (size // 2 - 1 - len(jumps))
-    index = np.ceil(jumps / grid).astype(np.int64)
-    angle = 2 * math.pi * (np.outer(np.arange(size // 2 + 1), index) % size) / size
-    transform = np.prod((1 + p * (np.exp(-1j * angle) - 1)) ** counts, axis=1)
-    weights = np.clip(np.fft.irfft(transform, size), 0.0, None)
-    return np.asarray(grid * np.arange(size), dtype=np.float64), weights, _TAIL + 1e-15
+    size = max(size, 1 << (4 * len(jumps)).bit_length())
+    grid = cap / (size - 2 - len(jumps))
+    transform = np.ones(size // 2 + 1, dtype=np.complex128)
+    log_factorial = _log_factorial(int(np.max(counts)))
+    for jump, count in zip(jumps, counts, strict=True):
+        term = np.arange(count + 1)
+        index = np.ceil(term * (jump / grid)).astype(np.int64)
+        mass = _binomial(int(count), p, log_factorial)
+        inside = index < size
+        transform *= np.fft.rfft(np.bincount(index[inside], weights=mass[inside], minlength=size))
+    error = 2.3e-16 * (len(jumps) + 64) * float(np.mean(np.abs(transform)))
+    weights = np.clip(np.fft.irfft(transform, size) - error, 0.0, None)
+    lost = max(0.0, 1 - math.fsum(weights)) + _TAIL + 1e-15
+    return np.asarray(grid * np.arange(size), dtype=np.float64), weights, lost
+
+
+def _log_factorial(largest: int) -> Array:
+    from scipy.special import gammaln
+
+    return np.asarray(gammaln(np.arange(1.0, largest + 2)), dtype=np.float64)
+
+
+def _binomial(count: int, p: float, log_factorial: Array) -> Array:
+    """Probabilities of Binomial(count, p); their rounding errors are relative, about 1e-11."""
+    from scipy.special import xlog1py, xlogy
+
+    k = np.arange(count + 1)
+    logs = xlogy(k, p) + xlog1py(count - k, -p) - log_factorial[k] - log_factorial[count - k]
+    mass = np.exp(logs + log_factorial[count])
+    return np.asarray(mass / np.sum(mass), dtype=np.float64)
 
 
 def _coarsen(support: Array, weights: Array, points: int) -> tuple[Array, Array]:
     """Merges support points upward into at most `points`, finer where the mass is."""
-    cumulative = np.cumsum(weights)
-    top = int(np.searchsorted(cumulative, cumulative[-1] - 1e-18)) + 1
-    top = min(top, len(support) - 1)
+    top = min(int(np.flatnonzero(weights)[-1]) + 1, len(support) - 1)
     ends = np.unique(np.ceil(np.linspace(0, 1, points) ** 1.5 * top).astype(np.int64))
     ends = np.append(ends[ends < len(support) - 1], len(support) - 1)
-    merged = np.diff(np.append(0.0, cumulative[ends]))
+    merged = np.add.reduceat(weights, np.append(0, ends[:-1] + 1))
     keep = merged > 0
     return support[ends][keep], merged[keep]
