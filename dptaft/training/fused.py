@@ -98,7 +98,7 @@ class FusedEngine:
         self.num_examples = len(features)
         self._features, self._labels = features, labels
         self._physical = PhysicalBatches(physical_batch_size)
-        gram_bytes = 4 * len(features) * operator.num_classes**2
+        gram_bytes = 8 * len(features) * operator.num_classes**2
         use_grams = norms == "gram" or (norms == "auto" and gram_bytes <= GRAM_BYTES)
         self._grams = self._compute_grams() if use_grams else None
         self._check_norms()

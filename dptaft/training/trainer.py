@@ -34,6 +34,7 @@ from dptaft.runs import (
 from dptaft.training.checkpoint import Checkpointer, GracefulStop, check_resumable, data_fingerprint
 from dptaft.training.defaults import automatic_rate, default_hyperparameters, jacobian_scale
 from dptaft.training.describe import build_statement, no_claim
+from dptaft.training.clipping import require_finite_start
 from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import LOSSES
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
@@ -43,6 +44,7 @@ from dptaft.training.plan import (
     Plan,
     PlanError,
     Request,
+    default_delta,
     delta_warning,
     make_plan,
     plain,
@@ -103,6 +105,8 @@ def run_training(
     """
     check_output(output)
     partial = partial_folder(output)
+    if resume and not partial.is_dir():
+        raise PlanError(f"there is no interrupted run {partial}; leave --resume out")
     if partial.is_dir() and not resume:
         raise PlanError(f"{partial} holds an interrupted run; continue it with --resume, or remove it")
     prepared = prepare(data, request)
@@ -129,7 +133,9 @@ def prepare(data: ImageData, request: Request) -> Prepared:
     classifier = backbone.model.get_classifier()
     head = {"weight": classifier.weight.detach().clone(), "bias": classifier.bias.detach().clone()}
     learner = Learner(backbone, model, request.performance)
-    defaults = default_hyperparameters(privacy.public_size or len(data.train), privacy.epsilon)
+    records = privacy.public_size or len(data.train)
+    delta = privacy.delta if privacy.delta is not None else default_delta(records)
+    defaults = default_hyperparameters(records, privacy.epsilon, delta)
     scale = jacobian_scale(learner)
     settings: dict[str, Any] = {
         "kind": "momentum",
@@ -181,6 +187,8 @@ def _train(
     sampler = _sampler(plan, len(labels), choice)
     if partial.is_dir():
         check_resumable(sampler, noise)
+    if not bool(cached.features["finite"].any()):
+        raise PlanError("no image has finite features; check the images and the backbone's weights")
     engine = learner.engine(
         cached.features,
         labels,
@@ -230,7 +238,11 @@ def _run_steps(
             checkpointer.authorise(done, end)
             while done < end and not stop.requested:
                 private.set_step(prepared.optimizer, prepared.noise_over_sensitivity, done, plan.steps)
-                private.private_step(engine.clipped_sum(parameters, sampler.next_batch()))
+                indices = sampler.next_batch()
+                clipped = engine.clipped_sum(parameters, indices)
+                if done == 0:
+                    require_finite_start(clipped, len(indices))
+                private.private_step(clipped)
                 average.update(parameters, done)
                 done += 1
                 if progress is not None:

@@ -1,0 +1,5 @@
+"""`python -m dptaft`."""
+
+from dptaft.cli import main
+
+main(prog_name="dptaft")
