@@ -53,7 +53,9 @@ def test_shown_epsilon_is_not_below_the_true_one(trained):
 
 
 def test_json_output_of_training(archive, tmp_path):
-    result = run("train", "--epsilon", 2, "--data", archive, "--steps", 2, "--output", tmp_path / "r", "--json")
+    result = run(
+        "train", "--epsilon", 2, "--data", archive, "--steps", 2, "--output", tmp_path / "r", "--json"
+    )
     facts = json.loads(result.output)
     assert 1.9 < facts["epsilon"] <= 2
     assert facts["steps"] == 2

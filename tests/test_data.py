@@ -56,7 +56,9 @@ def test_npz_with_and_without_a_test_split(tmp_path):
 
 
 def write_idx(path, array):
-    raw = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    raw = (
+        struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    )
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
 
 
@@ -77,7 +79,11 @@ def test_idx_folder(tmp_path):
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("I;16", 1)])
 def test_image_modes(tmp_path, mode, channels):
     array = np.full((6, 5), 65535 if mode == "I;16" else 255, dtype=np.uint16 if mode == "I;16" else np.uint8)
-    image = Image.fromarray(array) if mode in ("L", "I;16") else Image.fromarray(array).convert("RGB").convert(mode)
+    image = (
+        Image.fromarray(array)
+        if mode in ("L", "I;16")
+        else Image.fromarray(array).convert("RGB").convert(mode)
+    )
     image.save(tmp_path / "x.png")
     pixels = read_image(tmp_path / "x.png")
     assert pixels.shape == (channels, 6, 5)

@@ -56,10 +56,10 @@ def test_nothing_secret_is_written(finished):
     config = tomllib.loads((finished.path / "run.toml").read_text())
     assert "insecure" not in text
     assert "train_loss" not in text
-    assert list(config["model"]) and config["model"]["seed"] == 0  # the public seed of the head
-    assert {json.loads(line)["split"] for line in (finished.path / "metrics.jsonl").read_text().splitlines()} == {
-        "evaluation"
-    }
+    assert config["model"]["seed"] == 0  # the public seed of the head
+    assert {
+        json.loads(line)["split"] for line in (finished.path / "metrics.jsonl").read_text().splitlines()
+    } == {"evaluation"}
 
 
 def test_every_trained_tensor_moved(finished):
@@ -77,7 +77,8 @@ def test_two_runs_never_share_noise(tmp_path):
 
 def test_seeded_runs_repeat_and_claim_nothing(tmp_path):
     runs = [
-        dptaft.train(small_data(), epsilon=1, steps=2, insecure_seed=5, output=tmp_path / name) for name in "ab"
+        dptaft.train(small_data(), epsilon=1, steps=2, insecure_seed=5, output=tmp_path / name)
+        for name in "ab"
     ]
     a, b = (load_file(run.path / "model.safetensors")["trained/head.weight"] for run in runs)
     assert torch.equal(a, b)
@@ -121,7 +122,9 @@ def test_every_kind_of_run_makes_a_claim_that_holds(tmp_path, options):
     assert run.statement.recompute().holds
     assert 3.9 < run.statement.claim["epsilon"] <= 4
     record, details = run.statement.mechanism["record"], run.statement.mechanism
-    assert details["noise_std"] == pytest.approx(record["noise_multiplier"] * details["l2_clip_norm"], rel=2e-3)
+    assert details["noise_std"] == pytest.approx(
+        record["noise_multiplier"] * details["l2_clip_norm"], rel=2e-3
+    )
     image = torch.from_numpy(small_images(1)[0])
     assert dptaft.load_run(run.path).predict([image])[0].label in run.classes
 
@@ -249,5 +252,3 @@ def test_changed_weights_are_noticed(tmp_path):
     (run.path / "privacy.json").unlink()
     with pytest.raises(ValueError, match="incomplete or damaged"):
         dptaft.load_run(run.path)
-
-

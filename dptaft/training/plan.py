@@ -305,7 +305,7 @@ class Request:
 
 def plain(config: Any) -> dict[str, Any]:
     """A configuration as TOML-able values: unset fields left out."""
-    return {key: value for key, value in _plain_items(asdict(config))}
+    return dict(_plain_items(asdict(config)))
 
 
 def _plain_items(values: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -32,9 +32,9 @@ from dptaft.runs import (
     write_statement,
 )
 from dptaft.training.checkpoint import Checkpointer, GracefulStop, check_resumable, data_fingerprint
+from dptaft.training.clipping import require_finite_start
 from dptaft.training.defaults import automatic_rate, default_hyperparameters, jacobian_scale
 from dptaft.training.describe import build_statement, no_claim
-from dptaft.training.clipping import require_finite_start
 from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import LOSSES
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource

@@ -1,9 +1,8 @@
 """Images of characters made by code alone, for pretraining the starter backbone.
 
 Every image starts as a glyph of a font that matplotlib ships, as an outline or thinned to its skeleton (a pen
-stroke), and is then distorted: affine maps, elastic fields, stroke thickness, resolution, contrast, shading and
-noise.
-No photograph and no person's handwriting is used anywhere.
+stroke), and is then distorted: affine maps, elastic fields, stroke thickness, resolution, contrast, shading
+and noise. No photograph and no person's handwriting is used anywhere.
 """
 
 from __future__ import annotations
