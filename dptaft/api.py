@@ -28,6 +28,10 @@ def train(
     loss: str = "cross-entropy",
     seed: int = 0,
     feature_precision: str = "float32",
+    head: str = "random",
+    centered: bool = True,
+    fresh_class_token: bool = False,
+    reinitialised_blocks: int = 0,
     adjacency: str = "zero-out",
     public_size: int | None = None,
     steps: int | None = None,
@@ -56,8 +60,12 @@ def train(
         scope: linearised part: ``head``, ``last:K``, ``attention:K`` or ``all``.
         method: ``tangent``, or ``non-linear`` for ordinary fine-tuning of the same weights.
         loss: ``cross-entropy``, ``rescaled-square`` or ``huber-square``.
-        seed: of the random head alone; noise and samples are never seeded by it.
+        seed: of everything random in the model (head, fresh parts); noise and samples are never seeded by it.
         feature_precision: of cached activations; what is cached defines the model.
+        head: ``random``, or a safetensors file with ``weight`` and ``bias``.
+        centered: drop the offset f(x; w0), which is arbitrary with a random head.
+        fresh_class_token: replace the class token at the first linearised block by a trainable one.
+        reinitialised_blocks: number of last blocks that start afresh.
         adjacency: ``zero-out``, ``add-remove`` or ``replace-one``.
         public_size: public number to normalise by, for ``add-remove``.
         steps: gradient steps; None takes the public default.
@@ -95,7 +103,19 @@ def train(
             public_size=public_size,
             insecure_seed=insecure_seed,
         ),
-        model=ModelConfig(model, weights, scope, method, loss, seed, feature_precision),
+        model=ModelConfig(
+            name=model,
+            weights=weights,
+            scope=scope,
+            method=method,
+            loss=loss,
+            seed=seed,
+            feature_precision=feature_precision,
+            head=head,
+            centered=centered,
+            fresh_class_token=fresh_class_token,
+            reinitialised_blocks=reinitialised_blocks,
+        ),
         optimizer=dict(optimizer or {}),
         performance=PerformanceConfig(device, engine, physical_batch_size, feature_cache),
         data=data if isinstance(data, str) else data.name,

@@ -94,8 +94,10 @@ class Backbone:
     digest: str
 
 
-def load_backbone(name: str, *, num_classes: int, seed: int = 0, weights: str = "pretrained") -> Backbone:
-    """Load a model and give it a random head from a public seed.
+def load_backbone(
+    name: str, *, num_classes: int, seed: int = 0, weights: str = "pretrained", head: str = "random"
+) -> Backbone:
+    """Load a model and give it a head, random from a public seed or from a file.
 
     Args:
         name: ``starter``, or a name that ``timm.create_model`` knows.
@@ -103,6 +105,7 @@ def load_backbone(name: str, *, num_classes: int, seed: int = 0, weights: str = 
         seed: public seed of the head (and of the weights, where those are random).
         weights: ``pretrained`` (bundled, or from the model hub), ``random``, or the path of a checkpoint
             (``.safetensors``, or ``.pth``/``.bin``/``.pt`` read without running code).
+        head: ``random``, or a safetensors file with ``weight`` (classes, width) and ``bias`` (classes,).
 
     Raises:
         BackboneError: unknown model, no vision transformer head, weights that cannot be had or do not fit.
@@ -112,8 +115,23 @@ def load_backbone(name: str, *, num_classes: int, seed: int = 0, weights: str = 
     else:
         model, preprocessing, source = _timm(name, weights, seed)
     digest = backbone_digest(model)
-    initialise_head(model, num_classes, seed=seed)
+    if head == "random":
+        initialise_head(model, num_classes, seed=seed)
+    else:
+        initialise_head(model, num_classes, **_read_head(Path(head)))
     return Backbone(name, model.eval(), preprocessing, source, digest)
+
+
+def _read_head(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(
+            f"cannot read the head {path}: {error}; use random or a safetensors file"
+        ) from None
+    if set(tensors) != {"weight", "bias"}:
+        raise BackboneError(f"the head {path} holds {sorted(tensors)}; it needs weight and bias")
+    return tensors
 
 
 def backbone_digest(model: nn.Module) -> str:

@@ -17,6 +17,7 @@ from dptaft.features import build_features, feature_key
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.cut import Above
 from dptaft.tangent.dual_operator import DualOperator
+from dptaft.tangent.initialise import reinitialise_blocks
 from dptaft.tangent.model import TangentModel
 from dptaft.tangent.operator import Features
 from dptaft.training.clipping import Adjacency
@@ -54,7 +55,14 @@ class Learner:
         check_private_modules(backbone.model)
         self.backbone, self.config, self.performance = backbone, model, performance
         self.device = resolve_device(performance.device)
-        self.tangent = TangentModel(backbone.model.to(self.device), model.scope)
+        if model.reinitialised_blocks:
+            reinitialise_blocks(backbone.model, model.reinitialised_blocks, model.seed)
+        self.tangent = TangentModel(
+            backbone.model.to(self.device),
+            model.scope,
+            centered=model.centered,
+            fresh_cls_token_seed=model.seed if model.fresh_class_token else None,
+        )
         self.engine_kind = self._choose_engine()
         fused = self.engine_kind == "fused"
         self.operator = tangent_operator(self.tangent) if fused else DualOperator(self.tangent)
@@ -132,7 +140,7 @@ class Learner:
             common["physical_batch_size"] = size
         labels = labels.to(self.device)
         if self.engine_kind == "fused":
-            return FusedEngine(self.operator, features, labels, **common)
+            return FusedEngine(self.operator, features, labels, centered=self.config.centered, **common)
         return OpacusEngine(
             self._module,
             features["boundary"],
@@ -147,10 +155,12 @@ class Learner:
     def logits(self, features: Features, weights: Mapping[str, Tensor], batch: int = 512) -> Tensor:
         """Logits (n, C) of cached examples for trained weights, on the CPU."""
         if self.config.method == "tangent":
-            parts = [
-                self.operator.jvp(features.index(slice(i, i + batch)), weights)
-                for i in range(0, len(features), batch)
-            ]
+            chunks = [features.index(slice(i, i + batch)) for i in range(0, len(features), batch)]
+            parts = [self.operator.jvp(chunk, weights) for chunk in chunks]
+            if not self.config.centered:
+                parts = [
+                    part + self.operator.offset(chunk) for part, chunk in zip(parts, chunks, strict=True)
+                ]
         else:
             named = {f"above.model.{name}": value for name, value in weights.items()}
             module = self._module.eval()

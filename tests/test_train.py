@@ -9,7 +9,7 @@ import tomllib
 import pytest
 import torch
 from builders import small_data, small_images
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dptaft
 from dptaft.training.plan import PlanError
@@ -114,6 +114,8 @@ def test_prediction_is_that_of_the_trained_model(tmp_path):
         {"adjacency": "replace-one", "loss": "huber-square"},
         {"adjacency": "add-remove", "public_size": 50},
         {"feature_precision": "float16"},
+        {"centered": False, "reinitialised_blocks": 1},
+        {"fresh_class_token": True, "scope": "last:2"},
         {"optimizer": {"kind": "adam", "learning_rate": 0.01, "averaging": "tail"}},
     ],
 )
@@ -138,6 +140,28 @@ def test_feature_cache_is_used_and_changes_nothing(tmp_path):
     assert torch.equal(a, b)
     assert torch.equal(a, c)
     assert (tmp_path / "cache").stat().st_mode & 0o77 == 0
+
+
+def test_a_given_head_is_used_kept_and_declared(tmp_path):
+    head = {"weight": torch.randn(3, 128), "bias": torch.zeros(3)}
+    save_file(head, tmp_path / "head.safetensors")
+    run = dptaft.train(
+        small_data(), epsilon=1, steps=2, head=str(tmp_path / "head.safetensors"), output=tmp_path / "run"
+    )
+    assert torch.equal(load_file(run.path / "model.safetensors")["head/weight"], head["weight"])
+    assert run.statement.claim["data_accesses"]["head"] == "not covered"
+    with pytest.raises(ValueError, match=r"head weight has shape \(3, 128\)"):
+        dptaft.train(
+            small_data(classes=4), epsilon=1, head=str(tmp_path / "head.safetensors"), output=tmp_path / "b"
+        )
+
+
+def test_uncentred_models_predict_with_the_offset_they_were_trained_with(tmp_path):
+    options = {"epsilon": math.inf, "steps": 40, "centered": False, "output": tmp_path / "run"}
+    run = dptaft.train(small_data(), **options)
+    images, labels = small_images(9, seed=3)
+    predicted = run.predict([torch.from_numpy(x)[None] for x in images])
+    assert [p.label for p in predicted] == [run.classes[label] for label in labels]
 
 
 def test_bad_requests_are_refused_before_anything_is_written(tmp_path):

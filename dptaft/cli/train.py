@@ -98,6 +98,14 @@ _OPTIMIZER_FIELDS = ("kind", "learning_rate", "momentum", "l2_regularization", "
     default="float32",
     show_default=True,
 )
+@click.option("--head", default="random", show_default=True, help="random, or a safetensors file of a head.")
+@click.option("--centered/--uncentered", default=True, show_default=True, help="Drop or keep f(x; w0).")
+@click.option(
+    "--fresh-class-token", is_flag=True, help="New trainable class token at the first linearised block."
+)
+@click.option(
+    "--reinitialised-blocks", type=int, default=0, show_default=True, help="Last blocks that start afresh."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<id>]")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run of the same --output and options.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")

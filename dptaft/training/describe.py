@@ -64,6 +64,8 @@ def _claim(data: ImageData, request: Request, backbone: Mapping[str, str]) -> di
     not_protected = ["side channels: timing, memory, files on the training machine"]
     if data.evaluation is not None:
         not_protected.insert(0, "the evaluation images: their accuracy is published as it is")
+    if request.model.head != "random":
+        not_protected.insert(0, "records that the given head was trained on")
     if not data.classes_are_public:
         not_protected.insert(0, "the list of classes: it was taken from the data")
     return {
@@ -78,6 +80,7 @@ def _claim(data: ImageData, request: Request, backbone: Mapping[str, str]) -> di
             "classes": "public" if data.classes_are_public else "not covered",
             "clipping_choice": "public" if privacy.l2_clip_norm is None else "not covered",
             "hyperparameters": "not covered" if _chosen(request) else "public",
+            "head": "public" if request.model.head == "random" else "not covered",
             "early_stopping": "none",
             "number_of_records": "none" if privacy.adjacency == "add-remove" else "public",
             "evaluation": "none" if data.evaluation is None else "not covered",

@@ -107,7 +107,21 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is learned: backbone, linearised part, loss. Public."""
+    """What is learned. Public; a part of the model's description.
+
+    Attributes:
+        name: ``starter`` or a timm name.
+        weights: ``pretrained``, ``random``, or the path of a checkpoint.
+        scope: which weights are trained.
+        method: ``tangent`` or ``non-linear``.
+        loss: name of the loss.
+        seed: public seed of everything random in the model.
+        feature_precision: of cached activations.
+        head: ``random``, or a safetensors file with ``weight`` and ``bias``.
+        centered: drop the offset f(x; w0) of the tangent model.
+        fresh_class_token: replace the class token at the first linearised block.
+        reinitialised_blocks: number of last blocks that start afresh.
+    """
 
     name: str = "starter"
     weights: str = "pretrained"
@@ -116,9 +130,21 @@ class ModelConfig:
     loss: str = "cross-entropy"
     seed: int = 0
     feature_precision: str = "float32"
+    head: str = "random"
+    centered: bool = True
+    fresh_class_token: bool = False
+    reinitialised_blocks: int = 0
 
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
+        _require(
+            self.reinitialised_blocks >= 0,
+            f"reinitialised_blocks must not be negative, got {self.reinitialised_blocks}",
+        )
+        _require(
+            self.method == "tangent" or (self.centered and not self.fresh_class_token),
+            "an uncentred offset and a fresh class token belong to tangent models; use method tangent",
+        )
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def prepare(data: ImageData, request: Request) -> Prepared:
     if model.loss not in LOSSES:
         raise PlanError(f"unknown loss {model.loss!r}; use {', '.join(LOSSES)}")
     backbone = load_backbone(
-        model.name, num_classes=len(data.classes), seed=model.seed, weights=model.weights
+        model.name, num_classes=len(data.classes), seed=model.seed, weights=model.weights, head=model.head
     )
     classifier = backbone.model.get_classifier()
     head = {"weight": classifier.weight.detach().clone(), "bias": classifier.bias.detach().clone()}
