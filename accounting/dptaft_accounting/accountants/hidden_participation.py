@@ -1,29 +1,47 @@
 """Last iterate of Poisson-sampled noisy gradient descent: shifted interpolation with hidden participation.
 
-Setting (units of the noise of one step). X_k = Pi[psi_R(X_{k-1}) + V_k w(X_{k-1}) + Z_k] with V_k ~ Bern(p)
-the participation of the differing record, |w| <= 1/z, X'_k = Pi[psi_R(X'_{k-1}) + Z_k], one start, every
-psi_R c-Lipschitz. R (the other records), V and Z are independent.
+Setting (units of the noise of one step). X_k = Pi[psi_k(X_{k-1}) + V_k w_k(X_{k-1}) + Z_k] with V_k ~
+Bern(p) the participation of the differing record, |w_k| <= 1/z, X'_k = Pi[psi_k(X'_{k-1}) + Z_k], one start.
+psi_k and w_k may depend on R_k, the other records sampled; every psi_k is c-Lipschitz; Pi projects on a
+convex set. R, V and Z are independent, V_k and Z_k ~ N(0, I_d) over steps as well.
 
 Theorem. For every v in {0,1}^T choose a_k(v) >= 0, depending on v_1..v_k only through any rule, such that
 b_k = c b_{k-1} + v_k/z - a_k >= 0 with b_0 = b_T = 0. Then for every convex F, with L = dP_{X_T}/dP_{X'_T},
 
     E_{X'}[F(L)] <= E[F(sum_v Pr[V = v] exp(<a(v), g> - |a(v)|^2/2))],   g ~ N(0, I_T).
 
-So the pair (X_T, X'_T), in both orders, is dominated by (sum_v Pr[v] N(a(v), I), N(0, I)).
+So the pair (X_T, X'_T), in both orders, is dominated by (sum_v Pr[v] N(a(v), I), N(0, I)). Where Pi projects
+on a set of diameter D, every b_k, k >= 1, may be replaced by min(b_k, D) on the way.
 
-Proof. Fix R; joint convexity allows it, as R has one law in both worlds. Let X~_0 = X'_0 and
-X~_k = Pi[psi(X~_{k-1}) + theta_k + Z_k], where theta_k is the part of q_k = psi(X_{k-1}) + V_k w(X_{k-1}) -
-psi(X~_{k-1}) of length at most a_k. By induction |X_k - X~_k| <= b_k, for |q_k| <= c b_{k-1} + V_k/z and Pi
-does not expand; hence X~_T = X_T. Reveal the points before projection. Given V, theta_k is a function of the
-revealed past, |theta_k| <= a_k, and without theta the process is X'. So the likelihood ratio given the past
-is sum_v y_v with weights y_v that one step multiplies by exp(<theta_v, Z> - |theta_v|^2/2). Let u_k(y) =
-E[F(sum_v y_v exp(sum_{i>k} (a_i(v) g_i - a_i(v)^2/2)))]. Its mixed second derivatives are nonnegative, since
-F is convex, and <theta_v, theta_v'> <= a_k(v) a_k(v'). Kahane's inequality (1986, "Une inegalite du type de
-Slepian et Gordon"), applied to one step at a time from the last to the first, shows that the adaptive vector
-drifts give at most u_0. F(L) = max(0, L - e^eps) and max(0, 1 - e^eps L) are the two hockey-stick
-divergences.
+Proof. Fix R and the start; joint convexity allows it, as both worlds share their law. It suffices to take
+F smooth with bounded slope; others are limits.
 
-The same inequality shows that the bound only grows when an a_k(v) grows, so shifts may be rounded up.
+1. Coupling. Let X~_0 = X'_0 and X~_k = Pi[Y_k], Y_k = psi_k(X~_{k-1}) + theta_k + Z_k, where theta_k = q_k
+min(1, a_k/|q_k|), q_k = psi_k(X_{k-1}) + V_k w_k(X_{k-1}) - psi_k(X~_{k-1}), and X uses the same V and Z.
+Before projection X_k and X~_k differ by q_k - theta_k, of length max(0, |q_k| - a_k), and |q_k| <= c b_{k-1}
++ V_k/z, so by induction |X_k - X~_k| <= b_k (and <= D); Pi does not expand. Hence X~_T = X_T.
+
+2. Likelihood ratio. Given V = v, X_{k-1} and thus theta_k =: theta_k(v) is a function of Y_1..Y_{k-1}
+(recover Z_1, X_1, Z_2, ... in turn), however w_k looks and whatever the dimension. Without theta the path Y
+is that of X'. So under X' the ratio of the laws of the paths is L_T = sum_v y_v^T, y_v^0 = Pr[V = v], y_v^k =
+y_v^{k-1} exp(<theta_k(v), Z_k> - |theta_k(v)|^2/2), and E[F(L)] <= E[F(L_T)], as X_T is a function of the
+path.
+
+3. Kahane's inequality (1986, "Une inegalite du type de Slepian et Gordon") one step at a time. Let u_k(y) =
+E[F(sum_v y_v exp(sum_{i>k} (a_i(v) g_i - a_i(v)^2/2)))] for y >= 0. Claim: E[F(L_T) | Y_1..Y_k] <= u_k(y^k);
+equality at k = T, and k = 0 is the theorem. Given the past, theta_k(v) is a fixed vector. Let G_v(t) =
+sqrt(t) a_k(v) g + sqrt(1-t) <theta_k(v), Z> with g, Z independent, and W_v(t) = y_v^{k-1} exp(G_v(t) - Var
+G_v(t)/2). Gaussian integration by parts gives
+
+    d/dt E[u_k(W)] = 1/2 sum_{v,v'} (a_k(v) a_k(v') - <theta_k(v), theta_k(v')>) E[W_v W_v' d_v d_v' u_k],
+
+diagonal included. Each factor is nonnegative: |theta_k(v)| <= a_k(v) (Cauchy-Schwarz), and d_v d_v' u_k =
+E[F'' M_v M_v'] with M > 0 and F convex. So t = 0, the true step, is at most t = 1, which is u_{k-1}(y^{k-1}).
+
+4. F(L) = max(0, L - e^eps) and max(0, 1 - e^eps L) are the two hockey-stick divergences.
+
+The same inequality shows that the bound only grows when an a_k(v) grows, so shifts may be rounded up, and
+participation may be assumed where it is hidden.
 
 Choice of a. Count steps from the end, n = T - k, weight R = c^n. The condition on b says that what
 participation at n contributes, c^n/z, is absorbed (weighted by R) at steps not before it. The steps are cut
