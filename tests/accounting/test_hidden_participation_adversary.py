@@ -100,10 +100,11 @@ def proved(z, p, c, eps, forward):
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
 @pytest.mark.parametrize(
-    ("z", "p", "c", "eps"), [(1.0, 0.3, 0.9, 0.1), (1.0, 0.9, 0.9, 0.5), (2.0, 0.5, 0.999, 0.2)]
+    ("z", "p", "c", "eps"),
+    [(1.0, 0.3, 0.9, 0.1), (1.0, 0.9, 0.9, 0.5), (1.0, 0.5, 0.2, 0.3), (2.0, 0.5, 0.3, 0.2)],
 )
 def test_no_adaptive_process_leaks_more_than_the_bound(z, p, c, eps, forward):
     found = climb(np.random.default_rng(5), z, p, c, eps, forward, trials=12)
     bound = proved(z, p, c, eps, forward)
-    assert found <= bound * 1.001
+    assert found <= bound * 1.001  # the grid is good to about 5e-4
     assert found >= 0.9 * bound  # so the search would notice a bound that is a tenth too small
