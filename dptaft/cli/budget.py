@@ -16,7 +16,7 @@ from dptaft.cli.format import up
 if TYPE_CHECKING:
     from dptaft_accounting import BoundReport, ConvexityCertificate, Mechanism
 
-SAMPLINGS = ("full-batch", "poisson", "cyclic")
+SAMPLINGS = ("full-batch", "poisson", "cyclic-partition")
 _TABLE_EPSILONS = (1.0, 2.0, 3.0, 8.0)
 
 
@@ -51,11 +51,12 @@ class Plan:
         if self.sampling == "poisson":
             rate = min(1.0, self.batch_size / self.records)
             return PoissonGaussian(noise_multiplier, rate, self.steps, self.adjacency, released)
-        if self.sampling == "cyclic":
+        if self.sampling == "cyclic-partition":
             return CyclicGaussian(
                 noise_multiplier,
                 self.batches,
                 self.epochs,
+                partition="secret-random",
                 adjacency=self.adjacency,
                 released=released,
             )
@@ -73,13 +74,13 @@ class Plan:
             # twelve standard deviations: the chance of a larger batch is negligible beside any delta
             largest = min(self.records, math.ceil(self.batch_size + 12 * math.sqrt(self.batch_size) + 30))
             extra = {"sampling_rate": min(1.0, p), "max_batch_size": largest}
-        elif self.sampling == "cyclic":
+        elif self.sampling == "cyclic-partition":
             extra = {"batches_per_epoch": self.batches}
         return ConvexityCertificate.issue(
             l2_clip_norm=self.clip_norm,
             normaliser=float(self.records if self.sampling == "full-batch" else self.batch_size),
-            sampling=self.sampling,
-            steps=self.epochs * self.batches if self.sampling == "cyclic" else self.steps,
+            sampling=self.sampling.removesuffix("-partition"),
+            steps=self.epochs * self.batches if self.sampling == "cyclic-partition" else self.steps,
             records=self.records,
             adjacency=self.adjacency,
             **extra,
@@ -265,7 +266,7 @@ def _plan(options: Mapping[str, Any]) -> Plan:
     records, size = options["records"], options["batch_size"]
     if options["sampling"] == "full-batch":
         if size not in (None, records):
-            raise click.UsageError(f"--batch-size {size} needs --sampling poisson or cyclic")
+            raise click.UsageError(f"--batch-size {size} needs --sampling poisson or cyclic-partition")
         size = records
     if size is None:
         raise click.UsageError(f"--sampling {options['sampling']} needs --batch-size")

@@ -43,13 +43,13 @@ def test_default_delta_shrinks_with_the_data():
 
 
 def test_convex_plans_show_both_bounds():
-    plan = ["--records", 1500, "--steps", 200, "--sampling", "cyclic", "--batch-size", 100]
+    plan = ["--records", 1500, "--steps", 200, "--sampling", "cyclic-partition", "--batch-size", 100]
     found = json.loads(
         run(
             *plan, "--noise-multiplier", 2, "--convex", "--regularization", 0.05, "--step-size", 1, "--json"
         ).output
     )
-    assert found["bound"] == "last-iterate cyclic"
+    assert found["bound"] == "last-iterate secret partition"
     assert found["bounds"]["composition"] > 2 * found["epsilon"]
     assert found["mechanism"]["epochs"] == 14
 
