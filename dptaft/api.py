@@ -124,6 +124,7 @@ def train(
     from dptaft.training.trainer import run_training
 
     images = load_data(data, classes=classes) if isinstance(data, str) else data
+    images.check_adjacency(adjacency)
     target = Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
     return run_training(images, request, target, resume=resume, progress=progress)
 

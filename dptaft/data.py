@@ -9,6 +9,8 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,8 @@ class ArrayPixels:
             raise DataError(
                 f"images have shape {array.shape}; expected (n, height, width) or (n, height, width, 1 or 3)"
             )
+        if 0 in array.shape[1:]:
+            raise DataError(f"images have shape {array.shape}: they hold no pixel; remove them")
         if array.dtype != np.uint8:
             _check_unit_range(array)
         self._array = array
@@ -69,7 +73,7 @@ def _check_unit_range(array: np.ndarray) -> None:
     if not np.issubdtype(array.dtype, np.floating):
         raise DataError(f"images have type {array.dtype}; use uint8, or floats in [0, 1]")
     if array.size and not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-        raise DataError("images hold values outside [0, 1]; scale them by a public constant, or use uint8")
+        raise DataError("images hold values outside [0, 1] or not finite; scale them by a public constant, or use uint8")
 
 
 class FilePixels:
@@ -86,17 +90,19 @@ class FilePixels:
 
 
 def read_image(path: Path) -> Tensor:
-    """Decode one file to float32 (1 or 3, height, width) in [0, 1].
+    """Decode one file to float32 (1 or 3, height, width) in [0, 1]: 8 bits are divided by 255, 16 by 65535.
 
     Raises:
-        DataError: the file cannot be read as an image.
+        DataError: the file cannot be read as an image, or holds floats, which have no public range.
     """
     try:
         with Image.open(path) as image:
-            gray = image.mode in ("1", "L", "I;16", "I", "F", "LA")
-            wide = image.mode.startswith("I") or image.mode == "F"
+            gray = image.mode in ("1", "L", "LA")
+            wide = image.mode.startswith("I")
+            if image.mode == "F":
+                raise ValueError("it holds floats; store 8 or 16 bits per channel")
             pixels = np.asarray(image if wide else image.convert("L" if gray else "RGB"), dtype=np.float32)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of damaged files raise errors of many kinds
         raise DataError(f"cannot read the image {path}: {error}") from None
     scaled = pixels / (65535.0 if wide else 255.0)
     return torch.from_numpy(scaled if scaled.ndim == 3 else scaled[..., None]).permute(2, 0, 1).clamp(0, 1)
@@ -128,6 +134,8 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        if self.labels.ndim != 1:
+            raise DataError(f"labels have shape {tuple(self.labels.shape)}; expected one number per image")
         if len(self.pixels) != len(self.labels):
             raise DataError(f"there are {len(self.pixels)} images but {len(self.labels)} labels")
 
@@ -156,6 +164,7 @@ class ImageData:
         evaluation: records that are never trained on; None where there are none.
         classes_are_public: whether the class list comes from outside the private records.
         is_public: public benchmark images (the claim is computed all the same).
+        unstable_under: adjacencies under which one record would move others between the two splits.
     """
 
     name: str
@@ -164,12 +173,15 @@ class ImageData:
     evaluation: Split | None
     classes_are_public: bool
     is_public: bool = False
+    unstable_under: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.train) == 0:
             raise DataError(f"{self.name} holds no training image")
         if len(self.classes) < 2:
             raise DataError(f"{self.name} has {len(self.classes)} class; classification needs at least two")
+        if "" in self.classes or len(set(self.classes)) < len(self.classes):
+            raise DataError(f"the class names {', '.join(self.classes)} must differ and not be empty")
         for split in (self.train, self.evaluation):
             if split is not None and len(split) and int(split.labels.min()) < 0:
                 raise DataError(f"{self.name} has the label {int(split.labels.min())}; labels start at 0")
@@ -178,6 +190,18 @@ class ImageData:
                     f"{self.name} has the label {int(split.labels.max())} but {len(self.classes)} classes; "
                     "declare all classes"
                 )
+
+    def check_adjacency(self, adjacency: str) -> None:
+        """Refuse an adjacency under which one record decides on which side of the hold-out others are.
+
+        Raises:
+            DataError: the claim would hold for a fixed training split only, not for the data set.
+        """
+        if adjacency in self.unstable_under:
+            raise DataError(
+                f"under {adjacency} one record of {self.name} would move others between training and "
+                "evaluation (every fifth is held out); give evaluation images of their own, or use zero-out"
+            )
 
 
 def load_data(spec: str, *, classes: Sequence[str] | None = None, hold_out: bool = True) -> ImageData:
@@ -188,7 +212,8 @@ def load_data(spec: str, *, classes: Sequence[str] | None = None, hold_out: bool
     ``.npz``: arrays ``images`` and ``labels``, and optionally ``test_images``, ``test_labels``, ``classes``.
 
     Where a data set has no evaluation split, every fifth image in the order of the source (numbers 0, 5, ...;
-    of each class for folders) is held out: a public rule that does not look at the images.
+    of each class for folders) is held out: a public rule that does not look at the images. Where adding or
+    replacing one record shifts the numbers of others, the data says so (`ImageData.unstable_under`).
 
     Args:
         spec: name or path.
@@ -204,6 +229,8 @@ def load_data(spec: str, *, classes: Sequence[str] | None = None, hold_out: bool
     (1437, 360, 10)
     """
     if spec == "digits":
+        if classes is not None:
+            raise DataError(f"digits has public classes of its own, not {', '.join(classes)}; leave them out")
         return _digits()
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -219,9 +246,8 @@ def load_data(spec: str, *, classes: Sequence[str] | None = None, hold_out: bool
 
 
 def _held_out(data: ImageData) -> ImageData:
-    held = _every_fifth(
-        data.train.labels if isinstance(data.train.pixels, FilePixels) else None, len(data.train)
-    )
+    by_class = isinstance(data.train.pixels, FilePixels)
+    held = _every_fifth(data.train.labels if by_class else None, len(data.train))
     kept = sorted(set(range(len(data.train))) - set(held))
     return ImageData(
         data.name,
@@ -230,6 +256,7 @@ def _held_out(data: ImageData) -> ImageData:
         data.train.take(held),
         data.classes_are_public,
         data.is_public,
+        () if data.is_public else ("add-remove", "replace-one") if by_class else ("add-remove",),
     )
 
 
@@ -285,7 +312,7 @@ def _class_folders(root: Path, classes: tuple[str, ...]) -> Split:
     labels: list[int] = []
     for label, name in enumerate(classes):
         folder = root / name
-        files = sorted(p for p in folder.glob("**/*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(p for p in folder.glob("**/*") if _is_image(p))
         paths += files
         labels += [label] * len(files)
     if not paths:
@@ -293,11 +320,18 @@ def _class_folders(root: Path, classes: tuple[str, ...]) -> Split:
     return Split(FilePixels(paths), torch.tensor(labels, dtype=torch.int64))
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
 def _npz(path: Path, classes: tuple[str, ...] | None) -> ImageData:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError) as error:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is no .npz archive; write it with numpy.savez")
+        with archive:
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     for name in ("images", "labels"):
         if name not in arrays:
@@ -308,10 +342,21 @@ def _npz(path: Path, classes: tuple[str, ...] | None) -> ImageData:
         evaluation = Split(ArrayPixels(arrays["test_images"]), _labels(arrays["test_labels"], path))
     names = classes
     if names is None and "classes" in arrays:
-        names = tuple(str(name) for name in arrays["classes"])
+        names = tuple(str(name) for name in np.atleast_1d(arrays["classes"]))
     if names is None:
-        names = tuple(str(label) for label in range(int(train.labels.max()) + 1)) if len(train) else ()
+        names = _numbered(train.labels)
     return ImageData(path.stem, names, train, evaluation, classes is not None)
+
+
+def _numbered(labels: Tensor) -> tuple[str, ...]:
+    """Class names 0, 1, ... up to the largest label."""
+    largest = int(labels.max()) if len(labels) else -1
+    if largest > len(labels):
+        raise DataError(
+            f"the labels of {len(labels)} images go up to {largest}; number the classes 0, 1, 2, ... "
+            "or declare them"
+        )
+    return tuple(str(label) for label in range(largest + 1))
 
 
 def _labels(array: np.ndarray, path: Path) -> Tensor:
@@ -331,7 +376,7 @@ def _idx_file(folder: Path, split: str, what: str) -> Path | None:
 def _idx_folder(path: Path, classes: tuple[str, ...] | None) -> ImageData:
     train = _idx_split(path, "train")
     evaluation = _idx_split(path, "evaluation") if _idx_file(path, "evaluation", "images") else None
-    names = classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))
+    names = classes or _numbered(train.labels)
     return ImageData(path.name, names, train, evaluation, classes is not None)
 
 
@@ -352,7 +397,7 @@ def read_idx(path: Path) -> np.ndarray:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zero, kind, axes = struct.unpack_from(">HBB", raw)
         shape = struct.unpack_from(f">{axes}I", raw, 4)
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"cannot read the IDX file {path}: {error}") from None
     if zero != 0 or kind != 8 or len(raw) != 4 + 4 * axes + math.prod(shape):
         raise DataError(f"{path} is no complete IDX file of unsigned bytes; fetch it again")

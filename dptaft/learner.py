@@ -99,7 +99,8 @@ class Learner:
     def features(self, split: Split, progress: Progress | None = None, label: str = "features") -> Cached:
         """Cached constants of all images of a split, on the device, in memory or in the feature cache."""
         cache, seen = self.performance.feature_cache, _PixelDigest()
-        key = None if cache is None else self._key(split)
+        pixels = None if cache is None else _pixel_digest(split)
+        key = None if pixels is None else self._key(pixels)
         prepare = self.backbone.preprocessing
 
         def read(image: Tensor) -> Tensor:
@@ -116,17 +117,14 @@ class Learner:
             key=key,
             progress=None if progress is None else lambda done, total: progress(label, done, total),
         )
-        return Cached(features, seen.value() if key is None else key)
+        return Cached(features, seen.value() if pixels is None else pixels)
 
-    def _key(self, split: Split) -> str:
-        seen = _PixelDigest()
-        for i in range(len(split)):
-            seen.add(split.pixels[i])
+    def _key(self, pixels: str) -> str:
         return feature_key(
             self.tangent,
             self.operator,
             preprocessing=describe_preprocessing(self.backbone.preprocessing),
-            data=seen.value(),
+            data=pixels,
             precision=self.config.feature_precision,
         )
 
@@ -193,7 +191,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise PlanError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
@@ -211,3 +209,10 @@ class _PixelDigest:
 
     def value(self) -> str:
         return self._digest.hexdigest()
+
+
+def _pixel_digest(split: Split) -> str:
+    seen = _PixelDigest()
+    for i in range(len(split)):
+        seen.add(split.pixels[i])
+    return seen.value()

@@ -87,14 +87,26 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     """
     folder = Path(path)
     config = _read_config(folder)
-    document = json.loads(_read(folder / STATEMENT))
+    text = _read(folder / STATEMENT)
+    document = _parse(text, folder / STATEMENT)
     digest = sha256_file(folder / WEIGHTS)
-    if config["run"]["weights_sha256"] != digest:
+    if config["run"].get("weights_sha256") != digest:
         raise RunError(f"{folder / WEIGHTS} is not the file this run wrote; restore it")
     lines = _read(folder / METRICS).splitlines()
+    metrics = tuple(_parse(line, folder / METRICS) for line in lines if line)
     no_claim = document.get("no_claim")
-    statement = None if no_claim else PrivacyStatement.from_json(_read(folder / STATEMENT))
-    return Run(folder, config, statement, no_claim, tuple(json.loads(line) for line in lines if line))
+    statement = None if no_claim else PrivacyStatement.from_json(text)
+    return Run(folder, config, statement, no_claim, metrics)
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is damaged: {error}; restore it") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} is damaged: it holds no JSON object; restore it")
+    return found
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -107,6 +119,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     found = config.get("run", {}).get("format")
     if found != FORMAT:
         raise RunError(f"{folder} has run format {found}; this version reads {FORMAT}")
+    for section in ("privacy", "model", "engine", "backbone", "data"):
+        if section not in config:
+            raise RunError(f"{folder / CONFIG} is damaged: it lacks [{section}]; restore it")
     return config
 
 
@@ -132,14 +147,14 @@ def check_output(path: Path) -> None:
     Raises:
         RunError: with the remedy.
     """
-    if path.exists():
-        raise RunError(f"the output folder {path} exists; choose another one or remove it")
     try:
+        if path.exists():
+            raise RunError(f"the output folder {path} exists; choose another one or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".dptaft-"):
             pass
     except OSError as error:
-        raise RunError(f"cannot write to {path.parent}: {error.strerror}") from None
+        raise RunError(f"cannot write to {path.parent}: {error.strerror}; choose another output") from None
 
 
 @contextlib.contextmanager

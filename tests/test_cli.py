@@ -61,6 +61,16 @@ def test_json_output_of_training(archive, tmp_path):
     assert facts["steps"] == 2
 
 
+def test_scheduled_noise_is_accounted_and_shown(archive, tmp_path):
+    result = run(
+        "train", "--epsilon", 2, "--data", archive, "--steps", 3, "--noise-schedule", "linear:0.5",
+        "--learning-rate-schedule", "cosine:0.1", "--output", tmp_path / "r",
+    )  # fmt: skip
+    assert "(schedule)" in result.output
+    record = json.loads((tmp_path / "r" / "privacy.json").read_text())["mechanism"]["record"]
+    assert record["noise_multiplier"][2] == pytest.approx(record["noise_multiplier"][0] / 2)
+
+
 def test_baseline_and_seeded_runs_are_marked(archive, tmp_path):
     common = ("train", "--data", archive, "--steps", 2)
     assert "NO CLAIM" in run(*common, "--epsilon", "inf", "--output", tmp_path / "a").output
@@ -92,6 +102,8 @@ def test_predict(trained, tmp_path):
         (("--epsilon", 1, "--model", "no_model"), "unknown model 'no_model'"),
         (("--epsilon", 1, "--scope", "last:99"), "deeper than the model"),
         (("--epsilon", 1, "--output", "/proc/none/run"), "cannot write to"),
+        (("--epsilon", 1, "--noise-schedule", "linear:0"), "noise_schedule must not come near zero"),
+        (("--epsilon", 1, "--learning-rate-schedule", "steep"), "cannot read the schedule 'steep'"),
         (("--epsilon", 1, "--resume"), "--resume needs the --output"),
         (("--epsilon", 1, "--optimizer", "sgd", "--learning-rate", -1), "learning_rate must be"),
     ],

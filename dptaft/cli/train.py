@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dptaft.runs import Run
 
 _OPTIMIZER_FIELDS = ("kind", "learning_rate", "momentum", "l2_regularization", "averaging")
+_SCHEDULES = ("learning_rate_schedule", "noise_schedule")
 
 
 @click.command()
@@ -55,6 +56,10 @@ _OPTIMIZER_FIELDS = ("kind", "learning_rate", "momentum", "l2_regularization", "
 @click.option(
     "--l2", "l2_regularization", type=float, help="L2 regularisation, outside clipping.  [default: 0]"
 )
+@click.option(
+    "--learning-rate-schedule", help="constant, linear:FINAL or cosine:FINAL, a factor on the step size."
+)
+@click.option("--noise-schedule", help="The same for the noise of a full batch; every step is accounted.")
 @click.option("--averaging", type=click.Choice(["last", "tail", "ema"]), help="Which iterate to release.")
 @click.option(
     "--sampling",
@@ -124,6 +129,7 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
 
     given = {name: options.pop(name) for name in _OPTIMIZER_FIELDS}
     optimizer = {name: value for name, value in given.items() if value is not None}
+    optimizer |= _schedules({name: options.pop(name) for name in _SCHEDULES})
     names = None if classes is None else [name.strip() for name in classes.split(",")]
     try:
         with Bars() as bars:
@@ -132,6 +138,15 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
         click.echo(str(stop), err=True)
         raise SystemExit(130) from None
     click.echo(json.dumps(summary(run), indent=2) if as_json else table(run))
+
+
+def _schedules(texts: dict[str, str | None]) -> dict[str, Any]:
+    given = {name: text for name, text in texts.items() if text is not None}
+    if not given:
+        return {}
+    from dptaft.training.optimizers import Schedule
+
+    return {name: Schedule.parse(text) for name, text in given.items()}
 
 
 def summary(run: Run) -> dict[str, Any]:

@@ -50,6 +50,25 @@ class Schedule:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
 
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Read ``KIND`` or ``KIND:FINAL``.
+
+        Raises:
+            ValueError: another text.
+
+        Example:
+            >>> Schedule.parse("cosine:0.1")
+            Schedule(kind='cosine', final=0.1, warmup_steps=0)
+        """
+        kind, _, final = text.partition(":")
+        try:
+            return cls(kind, float(final) if final else 1.0)
+        except ValueError as error:
+            raise ValueError(
+                f"cannot read the schedule {text!r}: {error}; write for example linear:0.1"
+            ) from None
+
     def factor(self, step: int, steps: int) -> float:
         """Factor of step 0 <= step < steps."""
         if not 0 <= step < steps:

@@ -24,6 +24,8 @@ SAMPLERS = ("auto", "full-batch", "poisson", "cyclic-partition")
 ADJACENCIES = ("zero-out", "add-remove", "replace-one")
 ENGINES = ("auto", "fused", "hooks", "ghost")
 METHODS = ("tangent", "non-linear")
+_SMALLEST_CLIP = 1e-20
+"""Far smaller clipped gradients would be rounded to multiples of float32's smallest number."""
 
 
 class PlanError(ValueError):
@@ -83,8 +85,8 @@ class PrivacyConfig:
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         clip = self.l2_clip_norm
         _require(
-            clip is None or (math.isfinite(clip) and clip > 0),
-            f"the clip norm must be finite and positive, got {clip}",
+            clip is None or _SMALLEST_CLIP <= clip <= 1.0 / _SMALLEST_CLIP,
+            f"the clip norm must be from {_SMALLEST_CLIP:g} to {1.0 / _SMALLEST_CLIP:g}, got {clip}",
         )
         for name in ("expected_batch_size", "public_size"):
             value = getattr(self, name)
@@ -137,6 +139,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
+        _require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         _require(
             self.reinitialised_blocks >= 0,
             f"reinitialised_blocks must not be negative, got {self.reinitialised_blocks}",
