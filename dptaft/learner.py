@@ -73,6 +73,17 @@ class Learner:
         """Whether the logits are linear in the trained weights."""
         return self.config.method == "tangent"
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the trained part works on."""
+        size, channels = self.backbone.preprocessing.size, self.backbone.preprocessing.channels
+        with torch.no_grad():
+            boundary = self.tangent.boundary(torch.zeros(1, channels, size, size, device=self.device))
+        if boundary.ndim == 3:
+            return boundary.shape[1]
+        patches = getattr(self.backbone.model, "patch_embed", None)
+        return getattr(patches, "num_patches", 1) if boundary.ndim == 4 else 1
+
     def _choose_engine(self) -> str:
         asked = self.performance.engine
         if self.config.method == "non-linear":

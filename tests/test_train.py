@@ -12,7 +12,10 @@ from builders import small_data, small_images
 from safetensors.torch import load_file, save_file
 
 import dptaft
-from dptaft.training.plan import PlanError
+from dptaft.backbones import load_backbone
+from dptaft.learner import Learner
+from dptaft.training.defaults import automatic_rate
+from dptaft.training.plan import ModelConfig, PerformanceConfig, PlanError, PrivacyConfig
 from dptaft.training.trainer import partial_folder
 from dptaft_accounting import best_bound, mechanism_from_dict
 
@@ -242,6 +245,17 @@ def test_interrupted_runs_resume_within_the_budget(tmp_path, number):
     assert done[0] >= 26
     assert (done[-1] == 80) == (number != signal.SIGKILL)
     assert not partial_folder(run.path).exists()
+
+
+def test_automatic_sampling_is_a_public_rule():
+    learner = Learner(load_backbone("starter", num_classes=10), ModelConfig(), PerformanceConfig())
+    private = PrivacyConfig(3.0)
+    assert automatic_rate(learner, private, 60_000, 100) == 1.0
+    rate = automatic_rate(learner, private, 10**7, 100)
+    assert 256 / 10**7 <= rate < 0.1
+    assert automatic_rate(learner, private, 10**7, 100) == rate
+    deep = Learner(load_backbone("starter", num_classes=10), ModelConfig(scope="last:2"), PerformanceConfig())
+    assert automatic_rate(deep, private, 10**7, 100) < rate / 50
 
 
 def test_changed_data_cannot_be_resumed(tmp_path):

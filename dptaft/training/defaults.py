@@ -10,7 +10,6 @@ learning rate are stated for the rescaled model J/s, whose natural units are log
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,8 @@ from dptaft_accounting import epsilon_to_mu
 
 PUBLIC_IMAGES = 32
 TIME_BUDGET_S = 600.0
+OPERATIONS_PER_WEIGHT = 6
+OPERATIONS_PER_SECOND = 2e10
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def synthetic_images(count: int, preprocessing: Preprocessing, seed: int = 0) ->
 def jacobian_scale(learner: Learner) -> float:
     """Root mean square of ``|J_i^T r|`` over synthetic images and random unit cotangents (public seed).
 
+    Rounded to four digits, so that every machine finds the same number.
+
     Raises:
         ValueError: a scale that is zero or not finite: nothing could be learned in this scope.
     """
@@ -96,29 +99,22 @@ def jacobian_scale(learner: Learner) -> float:
             f"the Jacobian of {learner.backbone.name} in scope {learner.config.scope} has scale {scale}; "
             "choose another scope or other weights"
         )
-    return scale
+    return float(f"{scale:.4g}")
 
 
-@torch.no_grad()
 def automatic_rate(learner: Learner, privacy: PrivacyConfig, num_records: int, steps: int) -> float:
-    """Sampling rate for ``auto``: 1 (full batch) while training is expected to take at most ten minutes.
+    """Sampling rate for ``auto``: 1 (full batch) while training should take at most ten minutes on a CPU.
 
-    Time per record is measured on synthetic images, one forward and one transposed product.
+    Time is taken from the operations of a step at a fixed speed, not measured: the mechanism depends on
+    public facts alone, and is the same on every machine and when a run is resumed.
     """
     if privacy.sampling != "auto" or privacy.expected_batch_size is not None:
         return 1.0
-    images = synthetic_images(PUBLIC_IMAGES, learner.backbone.preprocessing).to(learner.device)
-    operator = learner.operator
-    features = operator.extract(learner.tangent.boundary(images))
-    theta = {name: value.detach() for name, value in learner.tangent.theta().items()}
-    elapsed = math.inf
-    for _ in range(3):
-        started = time.perf_counter()
-        operator.vjp(features, operator.jvp(features, theta) + 1.0).popitem()[1].cpu()
-        elapsed = min(elapsed, time.perf_counter() - started)
+    weights = sum(parameter.numel() for parameter in learner.parameters.values())
+    tokens = 1 if learner.operator.kind in ("head", "compiled") else learner.tokens
     return automatic_sampling_rate(
         num_examples=num_records,
-        seconds_per_example=elapsed / PUBLIC_IMAGES,
+        seconds_per_example=OPERATIONS_PER_WEIGHT * weights * tokens / OPERATIONS_PER_SECOND,
         steps=steps,
         time_budget_s=TIME_BUDGET_S,
     )

@@ -144,7 +144,7 @@ def prepare(data: ImageData, request: Request) -> Prepared:
     }
     optimizer = OptimizerConfig(**(settings | dict(request.optimizer)))
     steps = privacy.steps or defaults.steps
-    rate = automatic_rate(learner, privacy, len(data.train), steps)
+    rate = automatic_rate(learner, privacy, records, steps)
     sampling = resolve_sampling(privacy, len(data.train), rate)
     steps = whole_epochs(steps, sampling)
     plan = make_plan(
@@ -264,6 +264,7 @@ def _fingerprint(prepared: Prepared, request: Request, cached: Cached, labels: T
         "privacy": plain(request.privacy),
         "model": plain(request.model),
         "optimizer": plain(prepared.optimizer),
+        "plan": plain(prepared.plan) | {"noise_factors": [], "l2_clip_norm": prepared.l2_clip_norm},
         "backbone": prepared.learner.backbone.digest,
         "images": cached.digest,
         "labels": data_fingerprint([labels]),
