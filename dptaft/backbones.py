@@ -21,6 +21,8 @@ from dptaft.tangent.initialise import initialise_head
 
 STARTER = "starter"
 _STARTER_FILES = files("dptaft") / "starter"
+_LONGEST = 16
+"""Longer images, relative to their shorter side, are cut before they are resized."""
 
 
 class BackboneError(ValueError):
@@ -64,6 +66,8 @@ class Preprocessing:
         return image.expand(self.channels, -1, -1)
 
     def _resize(self, image: Tensor) -> Tensor:
+        if image.shape[1] > _LONGEST * image.shape[2] or image.shape[2] > _LONGEST * image.shape[1]:
+            image = _middle(image)
         height, width = image.shape[1:]
         scale = round(self.size / self.crop_pct) / min(height, width)
         target = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
@@ -73,6 +77,13 @@ class Preprocessing:
             )[0].clamp(0, 1)
         top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
         return image[:, top : top + self.size, left : left + self.size]
+
+
+def _middle(image: Tensor) -> Tensor:
+    """The middle of a very long image: all that is left of it after the cut, at bounded memory."""
+    longest = _LONGEST * min(image.shape[1:])
+    top, left = (max(0, (side - longest) // 2) for side in image.shape[1:])
+    return image[:, top : top + longest, left : left + longest]
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,8 @@ def load_backbone(
         model, preprocessing, source = _starter(weights, seed)
     else:
         model, preprocessing, source = _timm(name, weights, seed)
+    if not isinstance(getattr(model, "get_classifier", tuple)(), nn.Module):
+        raise BackboneError(f"{name} has no single classification head; choose another model")
     digest = backbone_digest(model)
     if head == "random":
         initialise_head(model, num_classes, seed=seed)

@@ -14,6 +14,7 @@ from dptaft.backbones import STARTER, BackboneError, load_backbone
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.initialise import initialise_head
 from dptaft.tangent.model import TangentModel
+from dptaft.training.opacus_engine import check_private_modules
 
 COMMON_MODELS = (
     STARTER,
@@ -56,7 +57,7 @@ def find_models(pattern: str) -> list[str]:
     Raises:
         BackboneError: none matches.
     """
-    names = [STARTER] if pattern == STARTER else timm.list_models(pattern)
+    names = [STARTER] if pattern == STARTER else timm.list_models(pattern or "-")
     if not names:
         raise BackboneError(f"no model matches {pattern!r}; try 'vit_small*'")
     return names
@@ -73,6 +74,7 @@ def model_cost(name: str, scope: str, num_classes: int = 10) -> ModelCost:
             warnings.simplefilter("ignore", UserWarning)
             tangent = TangentModel(model, scope)
         operator = tangent_operator(tangent)
+        check_private_modules(model)
     except ValueError as error:
         return ModelCost(name, size, parameters, 0, f"not supported: {error}", 0, 0.0)
     images = torch.zeros(1, channels, size, size)

@@ -73,7 +73,9 @@ def _check_unit_range(array: np.ndarray) -> None:
     if not np.issubdtype(array.dtype, np.floating):
         raise DataError(f"images have type {array.dtype}; use uint8, or floats in [0, 1]")
     if array.size and not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-        raise DataError("images hold values outside [0, 1] or not finite; scale them by a public constant, or use uint8")
+        raise DataError(
+            "images hold values outside [0, 1] or not finite; scale them by a public constant, or use uint8"
+        )
 
 
 class FilePixels:
@@ -326,10 +328,10 @@ def _is_image(path: Path) -> bool:
 
 def _npz(path: Path, classes: tuple[str, ...] | None) -> ImageData:
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is no .npz archive; write it with numpy.savez")
-        with archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is no .npz archive; write it with numpy.savez")
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from None

@@ -241,8 +241,7 @@ def budget(**options: Any) -> None:
     if (epsilon is None) == (noise is None):
         raise click.UsageError("give exactly one of --epsilon and --noise-multiplier")
     plot = options["plot"]
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
-        raise click.UsageError(f"--plot writes .png or .svg, got {plot.name!r}")
+    _check(options)
     plan = _plan(options)
     if noise is None:
         noise = plan.calibrate(epsilon)
@@ -260,6 +259,16 @@ def budget(**options: Any) -> None:
         _print_table(result["what_if"])
     if plot is not None:
         click.echo(f"plot               {plot}")
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    plot = options["plot"]
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
+        raise click.UsageError(f"--plot writes .png or .svg, got {plot.name!r}")
+    if plot is not None and not plot.parent.is_dir():
+        raise click.UsageError(f"no folder {str(plot.parent)!r} to write --plot to; make it first")
+    if not 0 < options["clip_norm"] < math.inf:
+        raise click.UsageError(f"--clip-norm must be finite and positive, got {options['clip_norm']}")
 
 
 def _plan(options: Mapping[str, Any]) -> Plan:

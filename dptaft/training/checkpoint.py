@@ -82,6 +82,7 @@ class Checkpointer:
         self.folder = Path(folder)
         self.fingerprint = json.loads(json.dumps(dict(fingerprint), sort_keys=True))
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sync_folder(self.folder.parent)
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -324,7 +325,20 @@ def _load_optimizer(optimizer: PrivateOptimizer, stored: Mapping[str, Tensor]) -
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` (mode 0600) so that after a crash the old or the new content is there, no mixture."""
+    """Replace `path` (mode 0600) so that after a crash the old or the new content is there, no mixture.
+
+    Raises:
+        OSError: no room, with a message that names the folder and the remedy.
+    """
+    try:
+        _replace(path, content)
+    except OSError as error:
+        reason = f"{error.strerror or error}; make room, then continue the run by --resume"
+        raise OSError(error.errno, reason, str(path.parent)) from error
+    _sync_folder(path.parent)
+
+
+def _replace(path: Path, content: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -336,7 +350,10 @@ def _write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

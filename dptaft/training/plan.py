@@ -86,7 +86,8 @@ class PrivacyConfig:
         clip = self.l2_clip_norm
         _require(
             clip is None or _SMALLEST_CLIP <= clip <= 1.0 / _SMALLEST_CLIP,
-            f"the clip norm must be from {_SMALLEST_CLIP:g} to {1.0 / _SMALLEST_CLIP:g}, got {clip}",
+            f"the clip norm must be finite and positive, got {clip}; "
+            f"use a value from {_SMALLEST_CLIP:g} to {1.0 / _SMALLEST_CLIP:g}",
         )
         for name in ("expected_batch_size", "public_size"):
             value = getattr(self, name)
