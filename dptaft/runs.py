@@ -196,7 +196,7 @@ def write_statement(folder: Path, statement: PrivacyStatement | None, no_claim: 
 
 def write_metrics(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write ``metrics.jsonl``."""
-    text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
+    text = "".join(json.dumps(line, sort_keys=True, allow_nan=False) + "\n" for line in lines)
     (folder / METRICS).write_text(text, encoding="utf-8")
 
 

@@ -52,6 +52,20 @@ def test_repeated_steps_cost_more_than_planned():
     assert best_bound(again, delta=plan.delta).epsilon > 2.05
 
 
+def test_lost_steps_never_cost_more_than_planned():
+    rising = tuple(1.0 + 2.0 * i / 39 for i in range(40))
+    for factors in ((1.0,) * 40, rising, rising[::-1]):
+        plan = plan_for(PrivacyConfig(3.0), factors=factors)
+        assert plan.last_step(0, ()) == 40
+        for attempts in ((0, 10), (10, 10), (10, 10, 10), (40, 5)):
+            charged = []
+            for lost in attempts:  # every attempt starts over and loses its steps
+                charged += range(min(lost, plan.last_step(0, charged)))
+            executed = (*charged, *range(plan.last_step(0, charged)))
+            assert best_bound(plan.mechanism(executed), delta=plan.delta).epsilon <= 3.0
+    assert plan_for(PrivacyConfig(3.0)).last_step(20, list(range(30))) == 30
+
+
 def test_noise_schedule_is_accounted_step_by_step():
     factors = tuple(1.0 - 0.5 * i / 39 for i in range(40))
     plan = plan_for(PrivacyConfig(2.0), factors=factors)

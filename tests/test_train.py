@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 import torch
-from builders import small_data, small_images
+from builders import small_data, small_images, write_folder
 from safetensors.torch import load_file, save_file
 
 import dptaft
@@ -185,6 +185,37 @@ def test_bad_requests_are_refused_before_anything_is_written(tmp_path):
     output.mkdir()
     with pytest.raises(ValueError, match=r"output folder .* exists"):
         dptaft.train(data, epsilon=1, steps=2, output=output)
+
+
+def test_every_setting_of_the_user_is_named(tmp_path):
+    options = {"scope": "head", "seed": 7, "l2_clip_norm": 0.5, "sampling": "full-batch", "steps": 2}
+    run = dptaft.train(small_data(), epsilon=1, output=tmp_path / "run", **options)
+    caveats = " ".join(run.statement.admin["caveats"])
+    assert all(name in caveats for name in options)
+    plain = dptaft.train(small_data(), epsilon=1, output=tmp_path / "plain")
+    assert plain.statement.claim["data_accesses"]["hyperparameters"] == "public"
+    assert plain.statement.composition["hyperparameter_choice"] == "public defaults"
+
+
+def test_diverged_weights_are_no_run(tmp_path):
+    with pytest.raises(ValueError, match="the weights diverged"):
+        dptaft.train(
+            small_data(),
+            epsilon=1,
+            steps=8,
+            output=tmp_path / "run",
+            optimizer={"learning_rate": 1e30, "l2_regularization": 1.0},
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_evaluation_image_costs_nothing(tmp_path):
+    write_folder(tmp_path / "pets" / "train")
+    write_folder(tmp_path / "pets" / "test")
+    (tmp_path / "pets" / "test" / "cat" / "000.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"000\.png"):
+        dptaft.train(str(tmp_path / "pets"), epsilon=1, steps=2, output=tmp_path / "run")
+    assert not partial_folder(tmp_path / "run").exists()
 
 
 def test_a_large_delta_is_warned_about(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import warnings
 from typing import Any
@@ -47,13 +46,14 @@ class Commands(click.Group):
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt:
-                click.echo("interrupted; no run was written", err=True)
+                click.echo(
+                    "interrupted; no run was written (a folder ending in .partial keeps what was spent)",
+                    err=True,
+                )
                 raise SystemExit(130) from None
             except ValueError as error:
                 raise UserError(_one_line(error)) from error
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                    raise
                 raise UserError(_one_line(error)) from error
 
 

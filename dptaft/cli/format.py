@@ -8,8 +8,8 @@ from decimal import ROUND_CEILING, Context, Decimal
 def up(value: float | None, digits: int) -> str:
     """Format with `digits` significant digits, rounded up: a shown bound never flatters.
 
-    >>> up(2.9999664, 6), up(1e-5, 3), up(None, 3)
-    ('2.99997', '0.00001', 'infinite')
+    >>> up(2.9999664, 6), up(0.25, 3), up(None, 3)
+    ('2.99997', '0.25', 'infinite')
     """
     if value is None:
         return "infinite"

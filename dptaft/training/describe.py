@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dptaft.data import ImageData
 from dptaft.training.clipping import l2_sensitivity
-from dptaft.training.noise import FLOAT_MITIGATION, NoiseSource
+from dptaft.training.noise import FLOAT_MITIGATION, NoiseSource, noise_std
 from dptaft.training.optimizers import OptimizerConfig, PrivateOptimizer
-from dptaft.training.plan import Plan, Request
+from dptaft.training.plan import ModelConfig, Plan, Request
 from dptaft_accounting import PrivacyStatement
 
 _PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
@@ -37,14 +38,16 @@ def build_statement(
     private: PrivateOptimizer,
     executed: tuple[int, ...],
     *,
+    completed: int,
     backbone: Mapping[str, str],
     utility: Mapping[str, Any],
     admin: Mapping[str, Any],
 ) -> PrivacyStatement:
     """Account all executed steps and write down claim, mechanism and circumstances.
 
-    `executed` numbers all steps that may have touched the data, repeated ones again; `private` is the
-    optimiser that added the noise, whose standard deviation is published as it was.
+    `executed` numbers all steps that may have touched the data, repeated ones again; `completed` is how many
+    of them the released weights contain; `private` is the optimiser that added the noise. The published
+    standard deviation is the least of all steps.
     """
     return PrivacyStatement.build(
         plan.mechanism(executed),
@@ -55,7 +58,7 @@ def build_statement(
         composition=_composition(request),
         implementation=_implementation(plan),
         utility=utility,
-        admin={**admin, "caveats": caveats(data, request, plan, executed)},
+        admin={**admin, "caveats": _caveats(data, request, plan, executed, completed)},
     )
 
 
@@ -88,19 +91,21 @@ def _claim(data: ImageData, request: Request, backbone: Mapping[str, str]) -> di
     }
 
 
-def caveats(data: ImageData, request: Request, plan: Plan, executed: tuple[int, ...]) -> list[str]:
+def _caveats(
+    data: ImageData, request: Request, plan: Plan, executed: tuple[int, ...], completed: int
+) -> list[str]:
     """What a reader of the claim must know, one line each."""
     found = []
-    chosen = _chosen(request) + (["l2_clip_norm"] if request.privacy.l2_clip_norm is not None else [])
+    chosen = _chosen(request)
     if chosen:
         found.append(
             f"given by the user: {', '.join(chosen)}; trying several values on these records costs privacy "
             "that is not accounted here"
         )
-    if len(executed) != plan.steps:
+    if completed < plan.steps or len(executed) != plan.steps:
         found.append(
-            f"the run was interrupted: {len(executed)} executed steps are accounted, "
-            f"{plan.steps} were planned"
+            f"the run was interrupted: {plan.steps} steps were planned, {len(executed)} are accounted, "
+            f"the weights contain {completed}"
         )
     if data.is_public:
         found.append(f"{data.name} is a public benchmark: the claim shows what private data would get")
@@ -108,10 +113,17 @@ def caveats(data: ImageData, request: Request, plan: Plan, executed: tuple[int, 
 
 
 def _chosen(request: Request) -> list[str]:
+    """Names of all settings that differ from the public defaults."""
     privacy = [
-        name for name in ("steps", "expected_batch_size") if getattr(request.privacy, name) is not None
+        name
+        for name in ("steps", "l2_clip_norm", "expected_batch_size")
+        if getattr(request.privacy, name) is not None
     ]
-    return privacy + sorted(request.optimizer)
+    if request.privacy.sampling != "auto":
+        privacy.append("sampling")
+    default = asdict(ModelConfig())
+    model = [name for name, value in asdict(request.model).items() if value != default[name]]
+    return privacy + model + sorted(request.optimizer)
 
 
 def _details(
@@ -121,11 +133,17 @@ def _details(
     private: PrivateOptimizer,
     executed: tuple[int, ...],
 ) -> dict[str, Any]:
+    sensitivity = l2_sensitivity(private.max_grad_norm, private.adjacency)
+    least_noise = noise_std(
+        sensitivity=sensitivity,
+        noise_multiplier=plan.noise_over_sensitivity * min(plan.noise_factors[i] for i in executed),
+        dimension=private.dimension,
+    )
     return {
         "clipping": "exact joint L2 norm of every record's gradient",
         "l2_clip_norm": private.max_grad_norm,
-        "noise_std": private.noise_std,
-        "sensitivity": l2_sensitivity(private.max_grad_norm, private.adjacency),
+        "noise_std": least_noise,
+        "sensitivity": sensitivity,
         "sampler": plan.sampling.kind,
         "expected_batch_size": plan.normaliser,
         "normaliser": plan.normaliser,

@@ -24,6 +24,8 @@ with warnings.catch_warnings():
     from opacus.optimizers import DPOptimizerFastGradientClipping
 
 _SCHEDULES = ("constant", "linear", "cosine")
+_LARGEST_RATE = 1e30
+_LEAST_NOISE_FACTOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("sgd", "momentum", "adam"):
             raise ValueError(f"unknown optimizer {self.kind!r}; use 'sgd', 'momentum' or 'adam'")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be finite and positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate <= _LARGEST_RATE:
+            raise ValueError(
+                f"learning_rate must be positive and at most {_LARGEST_RATE:g}, got {self.learning_rate}"
+            )
         for name, decay in {"momentum": self.momentum, "ema_decay": self.ema_decay}.items():
             if not 0 <= decay < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {decay}")
@@ -129,8 +133,11 @@ class OptimizerConfig:
             raise ValueError(
                 f"l2_regularization must be finite and not negative, got {self.l2_regularization}"
             )
-        if self.noise_schedule.final == 0 or self.noise_schedule.warmup_steps:
-            raise ValueError("noise_schedule must not come near zero; use a positive final and no warm-up")
+        if self.noise_schedule.final < _LEAST_NOISE_FACTOR or self.noise_schedule.warmup_steps:
+            raise ValueError(
+                "noise_schedule must not come near zero; use a final factor of at least "
+                f"{_LEAST_NOISE_FACTOR:g} and no warm-up"
+            )
         if self.averaging not in ("last", "tail", "ema"):
             raise ValueError(f"unknown averaging {self.averaging!r}; use 'last', 'tail' or 'ema'")
 

@@ -7,7 +7,7 @@ learned, `PerformanceConfig` only how fast; no performance setting can reach the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -252,6 +252,28 @@ class Plan:
     noise_factors: tuple[float, ...] = field(repr=False)
     adjacency: str
     normaliser: float
+
+    @property
+    def noise_over_sensitivity(self) -> float:
+        """Base noise in units of the sensitivity, which is twice the clip norm for replace-one."""
+        return self.noise_multiplier / (2.0 if self.adjacency == "replace-one" else 1.0)
+
+    def last_step(self, done: int, charged: Sequence[int]) -> int:
+        """Where a resumed run must stop so that all its steps cost no more than the planned ones.
+
+        Every execution of step i costs ``1/factor_i^2`` of the squared Gaussian parameter, lost ones too.
+
+        Args:
+            done: number of steps whose result was kept.
+            charged: numbers of all steps that were authorised so far, repeated ones again.
+        """
+        total = math.fsum(factor**-2 for factor in self.noise_factors) * (1 + 1e-12)
+        spent = [self.noise_factors[i] ** -2 for i in charged]
+        last = done
+        while last < self.steps and math.fsum([*spent, self.noise_factors[last] ** -2]) <= total:
+            spent.append(self.noise_factors[last] ** -2)
+            last += 1
+        return last
 
     def mechanism(self, executed: tuple[int, ...] | None = None) -> Mechanism:
         """Record of the planned steps, or of the steps that were executed (numbers, repeated ones again)."""

@@ -53,7 +53,7 @@ from dptaft.training.plan import (
 )
 from dptaft.training.sampling import CyclicPartition, FullBatch, Poisson, Sampler
 
-BLOCK_STEPS = 25
+MOST_BLOCK_STEPS = 25
 Source = NoiseSource | InsecureSeededNoise
 
 
@@ -71,11 +71,6 @@ class Prepared:
     l2_clip_norm: float
     head: Mapping[str, Tensor]
 
-    @property
-    def noise_over_sensitivity(self) -> float:
-        """The plan states noise over clip norm, the optimiser takes noise over sensitivity."""
-        return self.plan.noise_multiplier / (2.0 if self.plan.adjacency == "replace-one" else 1.0)
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -84,6 +79,7 @@ class Trained:
     weights: Mapping[str, Tensor]
     private: PrivateOptimizer
     executed: tuple[int, ...]
+    completed: int
 
 
 def partial_folder(output: Path) -> Path:
@@ -113,9 +109,13 @@ def run_training(
     warning = delta_warning(prepared.plan.delta, request.privacy.public_size or len(data.train))
     if warning is not None and request.privacy.is_private:
         warnings.warn(warning, UserWarning, stacklevel=2)
-    cached = prepared.learner.features(data.train, progress, "reading images")
+    learner = prepared.learner
+    cached = learner.features(data.train, progress, "reading images")
+    held_out = (
+        None if data.evaluation is None else learner.features(data.evaluation, progress, "reading evaluation")
+    )
     trained = _train(prepared, request, cached, data.train.labels, partial, progress)
-    metrics = evaluate(prepared.learner, data, trained.weights, progress)
+    metrics = _evaluate(learner, data, held_out, trained.weights)
     with new_run(output) as folder:
         _write_run(folder, output.name, data, request, prepared, trained, metrics)
     shutil.rmtree(partial, ignore_errors=True)
@@ -199,7 +199,7 @@ def _train(
     private = build_optimizer(
         learner.parameters,
         prepared.optimizer,
-        noise_multiplier=prepared.noise_over_sensitivity,
+        noise_multiplier=plan.noise_over_sensitivity,
         l2_clip_norm=prepared.l2_clip_norm,
         expected_batch_size=plan.normaliser,
         source=noise,
@@ -208,15 +208,22 @@ def _train(
     average = IterateAverage(prepared.optimizer, plan.steps)
     checkpointer = Checkpointer(partial, _fingerprint(prepared, request, cached, labels))
     try:
-        done = checkpointer.restore(learner.parameters, private, average)
-        _run_steps(prepared, engine, sampler, private, average, checkpointer, done, progress)
-        executed = tuple(i for first, end in checkpointer.progress.authorised for i in range(first, end))
+        _run_steps(prepared, engine, sampler, private, average, checkpointer, progress)
+        executed, completed = _charged(checkpointer), checkpointer.progress.completed
     finally:
         if checkpointer.started:
             checkpointer.close()
         else:
             checkpointer.remove()
-    return Trained(average.value(learner.parameters), private, executed)
+    weights = average.value(learner.parameters)
+    if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+        raise PlanError("the weights diverged, and the budget is spent; lower the learning rate in a new run")
+    return Trained(weights, private, executed, completed)
+
+
+def _charged(checkpointer: Checkpointer) -> tuple[int, ...]:
+    """Numbers of all steps that may have touched the data, repeated ones again."""
+    return tuple(i for first, end in checkpointer.progress.authorised for i in range(first, end))
 
 
 def _run_steps(
@@ -226,18 +233,24 @@ def _run_steps(
     private: PrivateOptimizer,
     average: IterateAverage,
     checkpointer: Checkpointer,
-    done: int,
     progress: Progress | None,
 ) -> None:
-    """All steps after the first `done`; steps that were authorised before but lost count against the plan."""
+    """All steps that are left; steps that were authorised before but lost count against the plan."""
     plan, parameters = prepared.plan, prepared.learner.parameters
-    last = done + plan.steps - checkpointer.progress.charged_steps
+    done = checkpointer.restore(parameters, private, average)
+    last = plan.last_step(done, _charged(checkpointer))
+    if last == 0:
+        raise PlanError(
+            f"the budget of {plan.steps} steps is spent and no result was saved; "
+            f"remove {checkpointer.folder} and start a new run, which spends it again"
+        )
+    block = max(1, min(MOST_BLOCK_STEPS, plan.steps // 20))
     with GracefulStop((signal.SIGTERM, signal.SIGINT)) as stop:
         while done < last:
-            end = min(done + BLOCK_STEPS, last)
+            end = min(done + block, last)
             checkpointer.authorise(done, end)
             while done < end and not stop.requested:
-                private.set_step(prepared.optimizer, prepared.noise_over_sensitivity, done, plan.steps)
+                private.set_step(prepared.optimizer, plan.noise_over_sensitivity, done, plan.steps)
                 indices = sampler.next_batch()
                 clipped = engine.clipped_sum(parameters, indices)
                 if done == 0:
@@ -271,14 +284,13 @@ def _fingerprint(prepared: Prepared, request: Request, cached: Cached, labels: T
     }
 
 
-def evaluate(
-    learner: Learner, data: ImageData, weights: Mapping[str, Tensor], progress: Progress | None = None
+def _evaluate(
+    learner: Learner, data: ImageData, held_out: Cached | None, weights: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
     """Accuracy and mean cross-entropy on the evaluation split; nothing about the training records."""
-    if data.evaluation is None or not len(data.evaluation):
+    if data.evaluation is None or held_out is None or not len(data.evaluation):
         return []
-    features = learner.features(data.evaluation, progress, "reading evaluation images").features
-    logits, labels = learner.logits(features, weights), data.evaluation.labels
+    logits, labels = learner.logits(held_out.features, weights), data.evaluation.labels
     return [
         {
             "split": "evaluation",
@@ -315,6 +327,7 @@ def _write_run(
             prepared.optimizer,
             trained.private,
             trained.executed,
+            completed=trained.completed,
             backbone=described,
             utility=_utility(metrics),
             admin={"id": name, "time": now, "weights_sha256": digest},

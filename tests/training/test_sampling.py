@@ -15,7 +15,7 @@ def test_poisson_batch_sizes_follow_the_binomial():
     sampler = Poisson(200, 0.05, NoiseSource())
     sizes = torch.tensor([len(sampler.next_batch()) for _ in range(4000)])
     expected = stats.binom.pmf(range(25), 200, 0.05) * 4000
-    seen = torch.bincount(sizes, minlength=25)[:25].numpy()
+    seen = torch.bincount(sizes.clamp(max=24), minlength=25).numpy()
     assert seen.sum() == 4000
     many = expected > 5
     assert ((seen[many] - expected[many]) ** 2 / expected[many]).sum() < stats.chi2.isf(1e-8, many.sum())
