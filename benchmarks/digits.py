@@ -2,7 +2,8 @@
 
 python benchmarks/digits.py --output benchmarks/results/digits.json
 
-Five runs, each holds out another fifth of the images (numbers r, r+5, ...); run 0 is the split of `dptaft train`.
+Five runs, each holds out another fifth of the images (numbers r, r+5, ...); run 0 is the split of
+`dptaft train`.
 """
 
 from __future__ import annotations
