@@ -54,6 +54,46 @@ def test_statement_is_true_of_the_run(finished):
     assert statement.claim["data_accesses"]["training"] == "covered"
 
 
+def flat_weights(run):
+    tensors = load_file(run.path / "model.safetensors")
+    return torch.cat([v.flatten() for k, v in sorted(tensors.items()) if k.startswith("trained/")]).double()
+
+
+PLAIN_STEP = {"steps": 1, "optimizer": {"kind": "sgd", "learning_rate": 1.0}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adjacency": "replace-one"},
+        {"adjacency": "add-remove", "public_size": 80},
+        {"sampling": "poisson", "expected_batch_size": 1, "l2_clip_norm": 1e-6},
+        {"method": "non-linear"},
+    ],
+)
+def test_the_released_weights_hold_exactly_the_noise_that_is_accounted(tmp_path, options):
+    """Two runs of one step differ by their noise alone: its size is measured, not read from the code."""
+    runs = [dptaft.train(small_data(), epsilon=1, output=tmp_path / n, **PLAIN_STEP, **options) for n in "ab"]
+    details = runs[0].statement.mechanism
+    measured = float((flat_weights(runs[0]) - flat_weights(runs[1])).std()) / math.sqrt(2)
+    stated = details["record"]["noise_multiplier"] * details["l2_clip_norm"] / details["normaliser"]
+    assert measured == pytest.approx(stated, rel=0.012)  # seven standard errors for 2e5 weights
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "non-linear"}, {"scope": "last:2", "engine": "ghost"}])
+def test_one_record_moves_one_noiseless_step_by_at_most_its_clip_norm(tmp_path, options):
+    common = {"epsilon": math.inf, "adjacency": "add-remove", "public_size": 60, "l2_clip_norm": 0.7}
+    whole, less = small_data(60), small_data(60)
+    less = dptaft.ImageData("less", less.classes, less.train.take(range(59)), less.evaluation, True)
+    a, b = (
+        flat_weights(dptaft.train(data, output=tmp_path / name, **common, **PLAIN_STEP, **options))
+        for data, name in ((whole, "a"), (less, "b"))
+    )
+    moved = float((a - b).norm()) * 60
+    assert 0.69 < moved <= 0.7 * (1 + 1e-4)
+
+
 def test_nothing_secret_is_written(finished):
     text = "".join(p.read_text() for p in finished.path.iterdir() if p.suffix != ".safetensors")
     config = tomllib.loads((finished.path / "run.toml").read_text())

@@ -200,7 +200,7 @@ def _privacy_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     shown = f"{noise:.5g}" if isinstance(noise, float) else f"{min(noise):.5g} to {max(noise):.5g} (schedule)"
     mu = facts["mu"]
     return [
-        ("epsilon", f"{up(facts['epsilon'], 6)} at delta {facts['delta']:.3g} ({facts['bound']})"),
+        ("epsilon", f"{up(facts['epsilon'], 6)} at delta {up(facts['delta'], 3)} ({facts['bound']})"),
         ("mu", f"{up(mu, 6)} (Gaussian differential privacy)" if mu is not None else "not exactly Gaussian"),
         ("noise multiplier", f"{shown} (standard deviation {facts['noise_std']:.5g} on the clipped sum)"),
         ("steps", f"{facts['steps']} ({facts['sampling']})"),
