@@ -8,9 +8,10 @@ from decimal import ROUND_CEILING, Context, Decimal
 def up(value: float | None, digits: int) -> str:
     """Format with `digits` significant digits, rounded up: a shown bound never flatters.
 
-    >>> up(2.9999664, 6), up(0.25, 3), up(None, 3)
-    ('2.99997', '0.25', 'infinite')
+    >>> up(2.9999664, 6), up(1e-5, 3), up(None, 3)
+    ('2.99997', '1e-05', 'infinite')
     """
     if value is None:
         return "infinite"
-    return str(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(value)).normalize() + 0)
+    exact = Decimal(repr(float(value)))
+    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(exact)):.{digits}g}"
