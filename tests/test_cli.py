@@ -104,6 +104,7 @@ def test_predict(trained, tmp_path):
         (("--epsilon", 1, "--output", "/proc/none/run"), "cannot write to"),
         (("--epsilon", 1, "--noise-schedule", "linear:0"), "noise_schedule must not come near zero"),
         (("--epsilon", 1, "--learning-rate-schedule", "steep"), "cannot read the schedule 'steep'"),
+        (("--epsilon", 1, "--optimizer", "sgd", "--momentum", 0.5), "momentum has no meaning for"),
         (("--epsilon", 1, "--resume"), "--resume needs the --output"),
         (("--epsilon", 1, "--optimizer", "sgd", "--learning-rate", -1), "learning_rate must be"),
     ],

@@ -104,7 +104,10 @@ def run_training(
     if resume and not partial.is_dir():
         raise PlanError(f"there is no interrupted run {partial}; leave --resume out")
     if partial.is_dir() and not resume:
-        raise PlanError(f"{partial} holds an interrupted run; continue it with --resume, or remove it")
+        raise PlanError(
+            f"{partial} holds an interrupted run (or one that still trains); continue it with --resume, "
+            "or remove it"
+        )
     prepared = prepare(data, request)
     warning = delta_warning(prepared.plan.delta, request.privacy.public_size or len(data.train))
     if warning is not None and request.privacy.is_private:
@@ -143,6 +146,8 @@ def prepare(data: ImageData, request: Request) -> Prepared:
         "learning_rate": defaults.relative_learning_rate / scale**2,
     }
     optimizer = OptimizerConfig(**(settings | dict(request.optimizer)))
+    if "momentum" in request.optimizer and optimizer.kind != "momentum":
+        raise PlanError(f"momentum has no meaning for the optimizer {optimizer.kind}; leave it out")
     steps = privacy.steps or defaults.steps
     rate = automatic_rate(learner, privacy, records, steps)
     sampling = resolve_sampling(privacy, len(data.train), rate)
