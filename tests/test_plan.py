@@ -64,6 +64,7 @@ def test_lost_steps_never_cost_more_than_planned():
             executed = (*charged, *range(plan.last_step(0, charged)))
             assert best_bound(plan.mechanism(executed), delta=plan.delta).epsilon <= 3.0
     assert plan_for(PrivacyConfig(3.0)).last_step(20, list(range(30))) == 30
+    assert plan_for(PrivacyConfig(3.0), steps=200_000).last_step(100_000, range(100_000)) == 200_000
 
 
 def test_noise_schedule_is_accounted_step_by_step():

@@ -267,13 +267,13 @@ class Plan:
             done: number of steps whose result was kept.
             charged: numbers of all steps that were authorised so far, repeated ones again.
         """
-        total = math.fsum(factor**-2 for factor in self.noise_factors) * (1 + 1e-12)
-        spent = [self.noise_factors[i] ** -2 for i in charged]
-        last = done
-        while last < self.steps and math.fsum([*spent, self.noise_factors[last] ** -2]) <= total:
-            spent.append(self.noise_factors[last] ** -2)
-            last += 1
-        return last
+        cost = [factor**-2 for factor in self.noise_factors]
+        left = math.fsum(cost) * (1 + 1e-12) - math.fsum(cost[i] for i in charged)
+        for step in range(done, self.steps):
+            left -= cost[step]
+            if left < 0:
+                return step
+        return self.steps
 
     def mechanism(self, executed: tuple[int, ...] | None = None) -> Mechanism:
         """Record of the planned steps, or of the steps that were executed (numbers, repeated ones again)."""
