@@ -121,12 +121,14 @@ def train(
         data=data if isinstance(data, str) else data.name,
     )
     from dptaft.data import load_data
+    from dptaft.training.account import NoAccount
     from dptaft.training.trainer import run_training
 
     images = load_data(data, classes=classes) if isinstance(data, str) else data
     images.check_adjacency(adjacency)
     target = Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
-    return run_training(images, request, target, resume=resume, progress=progress)
+    account = NoAccount("no ledger was used")
+    return run_training(images, request, target, account=account, resume=resume, progress=progress)
 
 
 def _new_id(name: str, epsilon: float) -> str:

@@ -125,7 +125,7 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--resume needs the --output of the interrupted run")
     import dptaft
     from dptaft.cli.progress import Bars
-    from dptaft.training.trainer import TrainingInterruptedError
+    from dptaft.training.steps import TrainingInterruptedError
 
     given = {name: options.pop(name) for name in _OPTIMIZER_FIELDS}
     optimizer = {name: value for name, value in given.items() if value is not None}

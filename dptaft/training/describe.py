@@ -40,14 +40,15 @@ def build_statement(
     *,
     completed: int,
     backbone: Mapping[str, str],
+    charged: Mapping[str, Any],
     utility: Mapping[str, Any],
     admin: Mapping[str, Any],
 ) -> PrivacyStatement:
     """Account all executed steps and write down claim, mechanism and circumstances.
 
     `executed` numbers all steps that may have touched the data, repeated ones again; `completed` is how many
-    of them the released weights contain; `private` is the optimiser that added the noise. The published
-    standard deviation is the least of all steps.
+    of them the released weights contain; `private` is the optimiser that added the noise, `charged` what the
+    account says. The published standard deviation is the least of all steps.
     """
     return PrivacyStatement.build(
         plan.mechanism(executed),
@@ -55,7 +56,7 @@ def build_statement(
         unit="one training record",
         claim=_claim(data, request, backbone),
         details=_details(request, plan, optimizer, private, executed),
-        composition=_composition(request),
+        composition=_composition(request) | dict(charged),
         implementation=_implementation(plan),
         utility=utility,
         admin={**admin, "caveats": _caveats(data, request, plan, executed, completed)},

@@ -1,0 +1,95 @@
+"""After training: evaluation on held-out images, and the run folder with its statement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from dptaft.backbones import describe_preprocessing
+from dptaft.data import ImageData
+from dptaft.learner import Cached, Learner
+from dptaft.predictor import HEAD, TRAINED
+from dptaft.runs import FORMAT, WEIGHTS, sha256_file, write_config, write_metrics, write_statement
+from dptaft.training.describe import build_statement, no_claim
+from dptaft.training.plan import Request, plain
+from dptaft.training.preparation import Prepared
+from dptaft.training.steps import Trained
+
+
+def evaluate(
+    learner: Learner, data: ImageData, held_out: Cached | None, weights: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Accuracy and mean cross-entropy on the evaluation split; nothing about the training records."""
+    if data.evaluation is None or held_out is None or not len(data.evaluation):
+        return []
+    logits, labels = learner.logits(held_out.features, weights), data.evaluation.labels
+    return [
+        {
+            "split": "evaluation",
+            "images": len(labels),
+            "accuracy": float((logits.argmax(1) == labels).double().mean()),
+            "cross_entropy": float(torch.nn.functional.cross_entropy(logits, labels)),
+        }
+    ]
+
+
+def write_run(
+    folder: Path,
+    name: str,
+    data: ImageData,
+    request: Request,
+    prepared: Prepared,
+    trained: Trained,
+    metrics: list[dict[str, Any]],
+    charged: Mapping[str, Any],
+) -> None:
+    """Write configuration, weights, metrics and the statement; `charged` is what the account says."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    tensors = {f"{TRAINED}{key}": value for key, value in trained.weights.items()}
+    tensors |= {f"{HEAD}{key}": value for key, value in prepared.head.items()}
+    content = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    (folder / WEIGHTS).write_bytes(save(content))
+    digest = sha256_file(folder / WEIGHTS)
+    backbone = prepared.learner.backbone
+    described = {"name": backbone.name, "source": backbone.source, "sha256": backbone.digest}
+    reason, statement = no_claim(request), None
+    if reason is None:
+        statement = build_statement(
+            data,
+            request,
+            prepared.plan,
+            prepared.optimizer,
+            trained.private,
+            trained.executed,
+            completed=trained.completed,
+            backbone=described,
+            charged=charged,
+            utility=_utility(metrics),
+            admin={"id": name, "time": now, "weights_sha256": digest},
+        )
+    privacy = {key: value for key, value in plain(request.privacy).items() if key != "insecure_seed"}
+    config = {
+        "run": {"format": FORMAT, "id": name, "time": now, "weights_sha256": digest},
+        "privacy": privacy,
+        "model": plain(request.model),
+        "optimizer": plain(prepared.optimizer),
+        "engine": {"kind": prepared.learner.engine_kind},
+        "backbone": described,
+        "preprocessing": describe_preprocessing(backbone.preprocessing),
+        "data": {"name": request.data, "classes": list(data.classes)},
+    }
+    write_config(folder, config)
+    write_statement(folder, statement, reason)
+    write_metrics(folder, metrics)
+
+
+def _utility(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    if not metrics:
+        return {}
+    return {"metric": "accuracy", "value": metrics[0]["accuracy"], "split": "evaluation", "private": False}
