@@ -1,9 +1,13 @@
 """Run directories: written whole or not at all, loaded with checks, used for prediction.
 
 run.toml            what was asked and what was public: configuration, model, classes
-privacy.json        the privacy statement, or the reason why nothing is claimed
 model.safetensors   trained weights and the public head
 metrics.jsonl       evaluation on data that was not trained on
+privacy.json        the privacy statement, or the reason why nothing is claimed; written last
+
+``privacy.json`` holds the SHA-256 of the other three files (`admin.files`) and of its own content
+(`admin.id`), and is stored as canonical text: a single changed byte in any file is found out, and so is a
+file of another run.
 """
 
 from __future__ import annotations
@@ -24,14 +28,18 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from dptaft_accounting import PrivacyStatement
+from dptaft_accounting.canonical import content_id, dumps, parse
+from dptaft_accounting.errors import StatementError
+from dptaft_accounting.statement import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import torch
 
     from dptaft.predictor import Prediction, Predictor
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, STATEMENT, WEIGHTS, METRICS = "run.toml", "privacy.json", "model.safetensors", "metrics.jsonl"
+HASHED = (CONFIG, WEIGHTS, METRICS)
 
 
 class RunError(ValueError):
@@ -47,6 +55,7 @@ class Run:
         config: the content of ``run.toml``.
         statement: the privacy statement; None where the run claims nothing.
         no_claim: why nothing is claimed; None where there is a claim.
+        id: name of the content of ``privacy.json``, and through its hashes of the whole run.
         metrics: the lines of ``metrics.jsonl``.
     """
 
@@ -54,6 +63,7 @@ class Run:
     config: Mapping[str, Any]
     statement: PrivacyStatement | None
     no_claim: str | None
+    id: str
     metrics: tuple[Mapping[str, Any], ...]
 
     @property
@@ -86,17 +96,103 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         RunError: not a run, an incomplete or changed one, or one of a newer version.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    text = _read(folder / STATEMENT)
-    document = _parse(text, folder / STATEMENT)
-    digest = sha256_file(folder / WEIGHTS)
-    if config["run"].get("weights_sha256") != digest:
-        raise RunError(f"{folder / WEIGHTS} is not the file this run wrote; restore it")
+    config = read_config(folder)
+    privacy = read_privacy(folder / STATEMENT)
+    problems = (*privacy.problems, *file_problems(folder, privacy.files))
+    if problems:
+        raise RunError(f"{problems[0]}; restore the run")
     lines = _read(folder / METRICS).splitlines()
     metrics = tuple(_parse(line, folder / METRICS) for line in lines if line)
-    no_claim = document.get("no_claim")
-    statement = None if no_claim else PrivacyStatement.from_json(text)
-    return Run(folder, config, statement, no_claim, metrics)
+    return Run(folder, config, privacy.statement, privacy.no_claim, privacy.id, metrics)
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What a ``privacy.json`` says, read without its neighbours.
+
+    Attributes:
+        path: the file.
+        text: its content.
+        statement: the statement; None where nothing is claimed.
+        no_claim: why nothing is claimed; None where there is a claim.
+        admin: run, time, files, id.
+    """
+
+    path: Path
+    text: str
+    statement: PrivacyStatement | None
+    no_claim: str | None
+    admin: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        """The name that the file gives its own content."""
+        return str(self.admin["id"])
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Hash of every other file of the run."""
+        return dict(self.admin.get("files", {}))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Signs that the file was changed after it was written, one line each."""
+        document = parse(self.text)
+        found = []
+        if content_id(document) != self.id:
+            found.append(f"{self.path} was changed: its content does not have the id that it names")
+        if dumps(document) != self.text:
+            found.append(f"{self.path} was changed: it is not written in canonical form")
+        return tuple(found)
+
+
+def read_privacy(path: Path) -> Privacy:
+    """Read a statement, or a reason for having none, from a file.
+
+    Raises:
+        RunError: the file cannot be read, is truncated, foreign, or of a newer version.
+    """
+    text = _read(path)
+    try:
+        document = parse(text)
+        if "no_claim" in document:
+            return Privacy(path, text, None, _reason(document), document["admin"])
+        statement = PrivacyStatement.from_json(text)
+    except StatementError as error:
+        raise RunError(f"{path} is no privacy statement that can be read: {error}") from None
+    return Privacy(path, text, statement, None, statement.admin)
+
+
+def _reason(document: Mapping[str, Any]) -> str:
+    admin, reason = document.get("admin"), document["no_claim"]
+    found = admin.get("schema_version") if isinstance(admin, dict) else None
+    if set(document) != {"no_claim", "admin"} or not isinstance(reason, str) or not isinstance(admin, dict):
+        raise StatementError("a run without a claim holds no_claim and admin, and nothing else")
+    if found != SCHEMA_VERSION:
+        raise StatementError(f"it has schema version {found}, this version of dptaft reads {SCHEMA_VERSION}")
+    if not isinstance(admin.get("id"), str) or not isinstance(admin.get("files", {}), dict):
+        raise StatementError("admin.id must be text and admin.files an object")
+    return reason
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a run but its statement."""
+    return {name: sha256_file(folder / name) for name in HASHED}
+
+
+def file_problems(folder: Path, files: Mapping[str, str]) -> tuple[str, ...]:
+    """Files that are not the ones whose hashes the statement holds, one line each.
+
+    Raises:
+        RunError: a file that cannot be read.
+    """
+    found = []
+    for name in HASHED:
+        if name not in files:
+            found.append(f"{folder / STATEMENT} names no {name}: it does not belong to a run")
+        elif sha256_file(folder / name) != files[name]:
+            found.append(f"{folder / name} is not the file this run wrote")
+    return tuple(found)
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
@@ -109,16 +205,22 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``run.toml``.
+
+    Raises:
+        RunError: no run, a damaged one, or one of another version.
+    """
     if not folder.is_dir():
         raise RunError(f"no run at {folder}; `dptaft train` writes runs/<id>")
     try:
         config = tomllib.loads(_read(folder / CONFIG))
     except tomllib.TOMLDecodeError as error:
         raise RunError(f"{folder / CONFIG} is damaged: {error}") from None
-    found = config.get("run", {}).get("format")
+    run = config.get("run")
+    found = run.get("format") if isinstance(run, dict) else None
     if found != FORMAT:
-        raise RunError(f"{folder} has run format {found}; this version reads {FORMAT}")
+        raise RunError(f"{folder / CONFIG} has run format {found}; this version of dptaft reads {FORMAT}")
     for section in ("privacy", "model", "engine", "backbone", "data"):
         if section not in config:
             raise RunError(f"{folder / CONFIG} is damaged: it lacks [{section}]; restore it")
@@ -186,12 +288,16 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / CONFIG).write_text(tomli_w.dumps(config), encoding="utf-8")
 
 
-def write_statement(folder: Path, statement: PrivacyStatement | None, no_claim: str | None) -> None:
-    """Write ``privacy.json``: the statement, or why there is none."""
-    if (statement is None) == (no_claim is None):
-        raise RunError("a run has either a privacy statement or a reason why it has none")
-    text = statement.to_json() if statement else json.dumps({"no_claim": no_claim}, indent=2) + "\n"
-    (folder / STATEMENT).write_text(text, encoding="utf-8")
+def write_statement(folder: Path, statement: PrivacyStatement) -> None:
+    """Write ``privacy.json`` with a claim."""
+    (folder / STATEMENT).write_text(statement.to_json(), encoding="utf-8")
+
+
+def write_no_claim(folder: Path, reason: str, admin: Mapping[str, Any]) -> None:
+    """Write ``privacy.json`` without a claim: the reason, and what binds it to the files of the run."""
+    document = {"no_claim": reason, "admin": {**admin, "schema_version": SCHEMA_VERSION}}
+    document["admin"]["id"] = content_id(document)
+    (folder / STATEMENT).write_text(dumps(document), encoding="utf-8")
 
 
 def write_metrics(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:

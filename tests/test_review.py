@@ -3,6 +3,7 @@
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def npz(path, **arrays):
         ({"classes": np.array(["x", "x", "y"])}, "must differ"),
         ({"classes": np.array("x")}, "1 class;"),
         ({"labels": np.arange(6) + 10**6}, "go up to 1000005; number the classes 0, 1, 2"),
-        ({"labels": np.zeros((6, 1), int)}, "expected whole numbers"),
+        ({"labels": np.zeros((6, 2), int)}, "expected whole numbers"),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path, change, message):
@@ -78,7 +79,7 @@ def test_digits_take_no_other_classes():
 
 def held_out(root):
     split = load_data(str(root)).evaluation.pixels
-    return [split._pixels.paths[i] for i in split._indices]
+    return [Path(split._pixels.name(i)) for i in split._indices]
 
 
 def test_hold_out_by_position_is_refused_where_it_would_break_the_claim(tmp_path):
@@ -126,7 +127,7 @@ def test_damaged_runs_are_refused_by_file(tmp_path):
     damage = {
         "privacy.json": ("[]", "{"),
         "metrics.jsonl": ("{",),
-        "run.toml": ("x", "[run]\nformat = 1\n", text.replace("[model]", "[other]")),
+        "run.toml": ("x", "[run]\nformat = 2\n", text.replace("[model]", "[other]")),
     }
     for name, contents in damage.items():
         for content in contents:

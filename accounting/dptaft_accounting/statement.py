@@ -3,12 +3,15 @@
 Groups: *claim*, *mechanism*, *accounting*, *risk*, *admin* (always) and *composition*, *audit*,
 *implementation*, *utility* (filled by the training program). All groups are plain JSON values that satisfy
 `statement_schema.json`. Never present: seeds, realised batch sizes, un-noised losses or norms, timings.
+
+`admin.id` names the content (`canonical.content_id`): a statement whose content was changed is found out by
+`recompute`. `admin.files` holds the SHA-256 of every other file of the run, so that no file can be exchanged.
+The hash is no signature: who rewrites everything also gets a new id, which is why the id is worth publishing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +21,7 @@ from typing import Any
 from dptaft_accounting import _checks as check
 from dptaft_accounting.accountants.crosscheck import cross_checks
 from dptaft_accounting.bounds import BoundReport, best_bound
+from dptaft_accounting.canonical import canonical, content_id, dumps, parse
 from dptaft_accounting.convexity import ConvexityCertificate
 from dptaft_accounting.errors import StatementError
 from dptaft_accounting.gaussian_view import gaussian_view
@@ -31,6 +35,13 @@ _FPRS = (1e-4, 1e-3, 1e-2, 1e-1)
 _DELTAS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 # the version may differ; a claimed epsilon may exceed the recomputed one, but not be below it
 _NOT_DERIVED = {("accounting", "version"), ("claim", "epsilon")}
+# a cyclic partition into a single part is the full batch
+_KINDS_OF = {
+    "full-batch": ("full-batch-gaussian",),
+    "poisson": ("poisson-gaussian",),
+    "cyclic-partition": ("cyclic-gaussian", "full-batch-gaussian"),
+}
+_CHANGED = "admin.id is not the hash of the content: the statement was changed after it was written"
 _GROUPS = (
     "claim",
     "mechanism",
@@ -89,7 +100,7 @@ class PrivacyStatement:
 
     def __post_init__(self) -> None:
         for name in _GROUPS:
-            object.__setattr__(self, name, _canonical(getattr(self, name), name))
+            object.__setattr__(self, name, canonical(getattr(self, name), name))
         validate(self.to_dict())
 
     @classmethod
@@ -120,13 +131,13 @@ class PrivacyStatement:
             records_per_unit: largest number of records that one unit owns.
             cross_check: compare composition with independent accountants (a second or two) and record the
                 result.
-            claim: further fields of the claim: `not_protected`, `public`, `data_accesses`.
+            claim: further fields of the claim: `not_protected`, `public`, `data_accesses`, `assumptions`.
             details: further fields of the mechanism group: `l2_clip_norm`, `noise_std`, `steps_executed`, ...
             composition: ledger entry, budget before and after, hyperparameter choice and cost.
             audit: result of an empirical audit.
             implementation: versions, random sources, float mitigation, NaN policy.
             utility: metric, split, whether it was computed privately.
-            admin: id, time, caveats; `schema_version` is filled in.
+            admin: run, time, files, caveats; `schema_version` and `id` are filled in.
 
         Raises:
             StatementError: a field violates the schema or would overwrite a derived field.
@@ -135,7 +146,7 @@ class PrivacyStatement:
         report = best_bound(mechanism, certificate, delta=delta, records_per_unit=records_per_unit)
         if math.isinf(report.epsilon):
             raise StatementError(f"no finite epsilon at delta {delta:g}; raise delta or the noise")
-        return cls(
+        statement = cls(
             claim=_merge("claim", _claim(mechanism, report, unit, records_per_unit), claim),
             mechanism=_merge("mechanism", {"record": mechanism.to_dict()}, details),
             accounting={
@@ -147,8 +158,22 @@ class PrivacyStatement:
             audit=dict(audit or {}),
             implementation=dict(implementation or {}),
             utility=dict(utility or {}),
-            admin=_merge("admin", {"schema_version": SCHEMA_VERSION}, admin),
+            admin=_merge("admin", {"schema_version": SCHEMA_VERSION, "id": ""}, admin),
         )
+        return statement._sealed()
+
+    @property
+    def id(self) -> str:
+        """Name of the content as it is now; equals ``admin["id"]`` unless something was changed."""
+        return content_id(self.to_dict())
+
+    def with_audit(self, audit: Mapping[str, Any]) -> PrivacyStatement:
+        """Returns the statement with the result of an audit; `admin.supersedes` keeps the earlier id."""
+        admin = {**self.admin, "supersedes": self.id}
+        return dataclasses.replace(self, audit=dict(audit), admin=admin)._sealed()
+
+    def _sealed(self) -> PrivacyStatement:
+        return dataclasses.replace(self, admin={**self.admin, "id": self.id})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the groups as plain JSON values; empty optional groups are left out."""
@@ -156,21 +181,17 @@ class PrivacyStatement:
 
     def to_json(self) -> str:
         """Returns canonical JSON: sorted keys, no NaN, shortest exact numbers, one trailing newline."""
-        return (
-            json.dumps(self.to_dict(), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        )
+        return dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> PrivacyStatement:
         """Parses what `to_json` wrote.
 
         Raises:
-            StatementError: not JSON, or a violation of the schema.
+            StatementError: not JSON, a violation of the schema, or a newer schema.
         """
-        try:
-            data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-        except json.JSONDecodeError as error:
-            raise StatementError(f"the statement is not JSON: {error}") from None
+        data = parse(text)
+        _check_version(data)
         validate(data)
         return cls(**data)
 
@@ -179,7 +200,8 @@ class PrivacyStatement:
         mechanism = mechanism_from_dict(self.mechanism["record"])
         raw = self.accounting.get("certificate")
         certificate = None if raw is None else ConvexityCertificate.from_dict(raw)
-        problems = _contradictions(self.mechanism, mechanism, certificate)
+        problems = [] if self.admin["id"] == self.id else [_CHANGED]
+        problems += _contradictions(self.mechanism, mechanism, certificate)
         size = int(self.claim["records_per_unit"])
         report = best_bound(mechanism, certificate, delta=self.claim["delta"], records_per_unit=size)
         claimed = float(self.claim["epsilon"])
@@ -203,17 +225,42 @@ class PrivacyStatement:
         return Recomputation(report.epsilon, claimed, tuple(problems))
 
 
+def _check_version(data: Mapping[str, Any]) -> None:
+    admin = data.get("admin")
+    found = admin.get("schema_version") if isinstance(admin, Mapping) else None
+    if isinstance(found, int) and found > SCHEMA_VERSION:
+        raise StatementError(
+            f"the statement has schema version {found}, this version of dptaft reads {SCHEMA_VERSION}; "
+            "update dptaft"
+        )
+
+
+def _least_noise(mechanism: Mechanism) -> float | None:
+    """Smallest noise multiplier of all steps; None for mechanisms without one."""
+    noise = getattr(mechanism, "noise_multiplier", None)
+    return min(noise) if isinstance(noise, tuple) else noise
+
+
 def _contradictions(
     group: Mapping[str, Any], mechanism: Mechanism, certificate: ConvexityCertificate | None
 ) -> list[str]:
     """Details of the mechanism group that contradict the record or the certificate."""
     problems = []
     clip, std = group.get("l2_clip_norm"), group.get("noise_std")
-    noise = getattr(mechanism, "noise_multiplier", None)
-    if isinstance(noise, float) and clip is not None and std is not None and std < noise * clip * (1 - 1e-6):
+    noise = _least_noise(mechanism)
+    if noise is not None and clip is not None and std is not None and std < noise * clip * (1 - 1e-6):
         problems.append(
             f"mechanism.noise_std {std:g} is below noise_multiplier x l2_clip_norm {noise * clip:g}"
         )
+    moved = group.get("sensitivity")
+    if clip is not None and moved is not None and moved < mechanism.sensitivity * clip * (1 - 1e-9):
+        problems.append(
+            f"mechanism.sensitivity {moved:g} is below the {mechanism.sensitivity * clip:g} of the clip norm "
+            f"under {mechanism.adjacency}"
+        )
+    sampler, kinds = group.get("sampler"), _KINDS_OF.get(group.get("sampler", ""))
+    if kinds is not None and mechanism.kind not in kinds:
+        problems.append(f"mechanism.sampler {sampler} is not that of the record, {mechanism.kind}")
     executed, steps = group.get("steps_executed"), getattr(mechanism, "steps", None)
     if executed is not None and steps is not None and executed > steps:
         problems.append(f"mechanism.steps_executed {executed} exceeds the {steps} steps of the record")
@@ -319,21 +366,6 @@ def _merge(group: str, derived: dict[str, Any], given: Mapping[str, Any] | None)
     return {**derived, **(given or {})}
 
 
-def _canonical(value: Any, path: str) -> Any:
-    """Copies a JSON value: tuples become lists, non-finite numbers and foreign types are refused."""
-    if isinstance(value, Mapping):
-        return {key: _canonical(item, f"{path}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(item, f"{path}[{index}]") for index, item in enumerate(value)]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return float(value)
-    raise StatementError(
-        f"{path} holds {value!r}, which JSON cannot carry exactly; use a finite number or text"
-    )
-
-
 def _agree(given: Any, derived: Any) -> bool:
     """Equality with a relative tolerance of 1e-6, for numbers from other versions of numpy or scipy."""
     if isinstance(given, Mapping) and isinstance(derived, Mapping):
@@ -344,14 +376,3 @@ def _agree(given: Any, derived: Any) -> bool:
         both = isinstance(given, (int, float)) and isinstance(derived, (int, float))
         return both and math.isclose(given, derived, rel_tol=_TOLERANCE, abs_tol=1e-12)
     return bool(given == derived)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise StatementError(f"the statement holds {name}, which is not a number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise StatementError("the statement repeats a field within one object")
-    return result

@@ -13,6 +13,7 @@ from dptaft.training.clipping import l2_sensitivity
 from dptaft.training.noise import FLOAT_MITIGATION, NoiseSource, noise_std
 from dptaft.training.optimizers import OptimizerConfig, PrivateOptimizer
 from dptaft.training.plan import ModelConfig, Plan, Request
+from dptaft.training.vouching import assumptions, data_accesses, source_revision
 from dptaft_accounting import PrivacyStatement
 
 _PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
@@ -54,7 +55,7 @@ def build_statement(
         plan.mechanism(executed),
         plan.delta,
         unit="one training record",
-        claim=_claim(data, request, backbone),
+        claim=_claim(data, request, plan, backbone),
         details=_details(request, plan, optimizer, private, executed),
         composition=_composition(request) | dict(charged),
         implementation=_implementation(plan),
@@ -63,8 +64,7 @@ def build_statement(
     )
 
 
-def _claim(data: ImageData, request: Request, backbone: Mapping[str, str]) -> dict[str, Any]:
-    privacy = request.privacy
+def _claim(data: ImageData, request: Request, plan: Plan, backbone: Mapping[str, str]) -> dict[str, Any]:
     not_protected = ["side channels: timing, memory, files on the training machine"]
     if data.evaluation is not None:
         not_protected.insert(0, "the evaluation images: their accuracy is published as it is")
@@ -78,17 +78,8 @@ def _claim(data: ImageData, request: Request, backbone: Mapping[str, str]) -> di
             f"backbone {backbone['name']} ({backbone['source']}) and its normalisation constants",
             f"number of classes: {len(data.classes)}",
         ],
-        "data_accesses": {
-            "training": "covered",
-            "normalisation": "public",
-            "classes": "public" if data.classes_are_public else "not covered",
-            "clipping_choice": "public" if privacy.l2_clip_norm is None else "not covered",
-            "hyperparameters": "not covered" if _chosen(request) else "public",
-            "head": "public" if request.model.head == "random" else "not covered",
-            "early_stopping": "none",
-            "number_of_records": "none" if privacy.adjacency == "add-remove" else "public",
-            "evaluation": "none" if data.evaluation is None else "not covered",
-        },
+        "data_accesses": data_accesses(data, request, tuned=bool(_chosen(request))),
+        "assumptions": assumptions(data, request, plan, backbone),
     }
 
 
@@ -107,6 +98,10 @@ def _caveats(
         found.append(
             f"the run was interrupted: {plan.steps} steps were planned, {len(executed)} are accounted, "
             f"the weights contain {completed}"
+        )
+    if data.skips_corrupt:
+        found.append(
+            "an image that cannot be read counts as an empty record: one of the n, which contributes nothing"
         )
     if data.is_public:
         found.append(f"{data.name} is a public benchmark: the claim shows what private data would get")
@@ -176,6 +171,7 @@ def _implementation(plan: Plan) -> dict[str, Any]:
     )
     return {
         "versions": _versions(),
+        "source_revision": source_revision(),
         "noise_source": NoiseSource.description,
         "sampling_source": sampling,
         "float_mitigation": FLOAT_MITIGATION,

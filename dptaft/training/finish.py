@@ -15,7 +15,15 @@ from dptaft.backbones import describe_preprocessing
 from dptaft.data import ImageData
 from dptaft.learner import Cached, Learner
 from dptaft.predictor import HEAD, TRAINED
-from dptaft.runs import FORMAT, WEIGHTS, sha256_file, write_config, write_metrics, write_statement
+from dptaft.runs import (
+    FORMAT,
+    WEIGHTS,
+    hash_files,
+    write_config,
+    write_metrics,
+    write_no_claim,
+    write_statement,
+)
 from dptaft.training.describe import build_statement, no_claim
 from dptaft.training.plan import Request, plain
 from dptaft.training.preparation import Prepared
@@ -55,27 +63,11 @@ def write_run(
     tensors |= {f"{HEAD}{key}": value for key, value in prepared.head.items()}
     content = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     (folder / WEIGHTS).write_bytes(save(content))
-    digest = sha256_file(folder / WEIGHTS)
     backbone = prepared.learner.backbone
     described = {"name": backbone.name, "source": backbone.source, "sha256": backbone.digest}
-    reason, statement = no_claim(request), None
-    if reason is None:
-        statement = build_statement(
-            data,
-            request,
-            prepared.plan,
-            prepared.optimizer,
-            trained.private,
-            trained.executed,
-            completed=trained.completed,
-            backbone=described,
-            charged=charged,
-            utility=_utility(metrics),
-            admin={"id": name, "time": now, "weights_sha256": digest},
-        )
     privacy = {key: value for key, value in plain(request.privacy).items() if key != "insecure_seed"}
     config = {
-        "run": {"format": FORMAT, "id": name, "time": now, "weights_sha256": digest},
+        "run": {"format": FORMAT, "id": name, "time": now},
         "privacy": privacy,
         "model": plain(request.model),
         "optimizer": plain(prepared.optimizer),
@@ -85,11 +77,35 @@ def write_run(
         "data": {"name": request.data, "classes": list(data.classes)},
     }
     write_config(folder, config)
-    write_statement(folder, statement, reason)
     write_metrics(folder, metrics)
+    admin = {"run": name, "time": now, "files": hash_files(folder)}
+    reason = no_claim(request)
+    if reason is not None:
+        write_no_claim(folder, reason, admin)
+        return
+    statement = build_statement(
+        data,
+        request,
+        prepared.plan,
+        prepared.optimizer,
+        trained.private,
+        trained.executed,
+        completed=trained.completed,
+        backbone=described,
+        charged=charged,
+        utility=_utility(metrics),
+        admin=admin,
+    )
+    write_statement(folder, statement)
 
 
 def _utility(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     if not metrics:
         return {}
-    return {"metric": "accuracy", "value": metrics[0]["accuracy"], "split": "evaluation", "private": False}
+    return {
+        "metric": "accuracy",
+        "value": metrics[0]["accuracy"],
+        "split": "evaluation",
+        "records": metrics[0]["images"],
+        "private": False,
+    }

@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 
 from dptaft_accounting.accountants import crosscheck
+from dptaft_accounting.canonical import content_id
 from dptaft_accounting.convexity import ConvexityCertificate
 from dptaft_accounting.errors import AccountingError, StatementError
 from dptaft_accounting.mechanisms import FullBatchGaussian, PoissonGaussian, SequenceComposition
@@ -49,7 +50,7 @@ FULL_DETAILS = {
     "audit": {"method": "one run", "verdict": "consistent", "lower_bound": 0.4},
     "implementation": {"versions": {"torch": "2.6"}, "nan_policy": "stop"},
     "utility": {"metric": "accuracy", "value": 0.9, "private": False},
-    "admin": {"id": "run-1", "caveats": ["none"]},
+    "admin": {"run": "run-1", "caveats": ["none"]},
 }
 
 
@@ -90,6 +91,7 @@ def tampered(path, value):
     for key in path[:-1]:
         target = target[key]
     target[path[-1]] = value
+    data["admin"]["id"] = content_id(data)
     return PrivacyStatement.from_json(json.dumps(data)).recompute()
 
 
@@ -159,7 +161,16 @@ def test_bad_fields_are_refused(changes, words):
         ("{}", "lacks the field 'claim'"),
         (build().to_json().replace('"epsilon": ', '"epsilon": NaN, "x": ', 1), "NaN"),
         ('{"claim": {}, "claim": {}}', "repeats a field"),
-        (build().to_json().replace('"schema_version": 1', '"schema_version": 2'), "must be one of"),
+        (
+            build().to_json().replace('"schema_version": 1', '"schema_version": 2'),
+            "schema version 2, .* update",
+        ),
+        (build().to_json().replace('"schema_version": 1', '"schema_version": 0'), "must be one of"),
+        (build().to_json()[:-9], "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"admin": {"x": "\\ud800"}}', "no Unicode"),
+        (build().to_json().replace('"steps": 100', f'"steps": 1{"0" * 400}'), "cannot carry exactly"),
+        (build().to_json().replace('"steps": 100', f'"steps": 1{"0" * 5000}'), "not JSON"),
     ],
 )
 def test_bad_text_is_refused(text, words):

@@ -1,0 +1,135 @@
+"""Which uses of the data a claim covers, what it assumes, and who vouches for each assumption."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from dptaft.data import ImageData
+from dptaft.training.plan import Plan, Request
+from dptaft_accounting.convexity import ConvexityCertificate
+
+COVERED, PUBLIC, NOT_COVERED, NONE = "covered", "public", "not covered", "none"
+DECLARED = "public, declared by the user"
+_BY_PROOF, _BY_CODE, _BY_USER, _BY_NOBODY = (
+    "proved",
+    "enforced by the code",
+    "declared by the user",
+    "not checked",
+)
+
+
+def data_accesses(data: ImageData, request: Request, *, tuned: bool) -> dict[str, str]:
+    """Every use of the data -> `covered`, `public`, the user's word for it, `not covered` or `none`.
+
+    Args:
+        data: what was trained on.
+        request: what was asked for.
+        tuned: whether the user set anything that could have been chosen by looking at the data.
+    """
+    privacy = request.privacy
+    declared = PUBLIC if data.is_public else DECLARED
+    return {
+        "training": COVERED,
+        "normalisation": PUBLIC,
+        "classes": declared if data.classes_are_public else NOT_COVERED,
+        "clipping_choice": PUBLIC if privacy.l2_clip_norm is None else NOT_COVERED,
+        "hyperparameters": NOT_COVERED if tuned else PUBLIC,
+        "head": PUBLIC if request.model.head == "random" else NOT_COVERED,
+        "early_stopping": NONE,
+        "number_of_records": NONE if privacy.adjacency == "add-remove" else PUBLIC,
+        "backbone": _backbone(request),
+        "evaluation": NONE if data.evaluation is None else NOT_COVERED,
+    }
+
+
+def _backbone(request: Request) -> str:
+    """Bundled and untrained weights never saw the records; for all others the user's choice is his word."""
+    model = request.model
+    if model.weights == "random" or (model.name == "starter" and model.weights == "pretrained"):
+        return PUBLIC
+    return DECLARED
+
+
+def assumptions(
+    data: ImageData,
+    request: Request,
+    plan: Plan,
+    backbone: Mapping[str, str],
+    certificate: ConvexityCertificate | None = None,
+) -> list[dict[str, str]]:
+    """Everything the claim rests on, with who vouches for it and where to look."""
+    found = [
+        ("epsilon is an upper bound for the recorded mechanism", _BY_PROOF, "docs/accounting.md"),
+        (
+            "one record moves the noised sum of a step by at most the stated sensitivity",
+            _BY_CODE,
+            "dptaft/training/clipping.py",
+        ),
+        (
+            "every step adds Gaussian noise of at least the stated standard deviation",
+            _BY_CODE,
+            "dptaft/training/noise.py",
+        ),
+        ("every step that may have touched the data is counted", _BY_CODE, "dptaft/training/checkpoint.py"),
+        (_SAMPLING[plan.sampling.kind], _BY_CODE, "dptaft/training/sampling.py"),
+    ]
+    if certificate is not None:
+        found += [
+            ("the loss is convex and each step contracts as certified", _BY_PROOF, "accounting.certificate"),
+            ("features and steps obey the certificate's bounds", _BY_CODE, "accounting.certificate"),
+            ("no iterate but the last one leaves the training machine", _BY_NOBODY, "the user"),
+        ]
+    if request.privacy.adjacency == "add-remove":
+        found.append(("the public number of records does not come from the data", _BY_USER, "--public-size"))
+    if data.classes_are_public and not data.is_public:
+        found.append(("the list of classes does not come from the data", _BY_USER, "--classes"))
+    by, where = (
+        (_BY_CODE, "fingerprint in run.toml") if _backbone(request) == PUBLIC else (_BY_USER, "--model")
+    )
+    return [
+        {"assumption": text, "vouched_by": who, "where": place}
+        for text, who, place in (
+            *found,
+            (f"the weights of the backbone {backbone['name']} were not made from these records", by, where),
+            ("one person owns at most one record", _BY_NOBODY, "the data"),
+            ("the operating system's entropy is unpredictable", _BY_NOBODY, "the training machine"),
+            ("checkpoints, caches and logs of the run stay secret", _BY_NOBODY, "the training machine"),
+        )
+    ]
+
+
+_SAMPLING = {
+    "full-batch": "every step sums all records",
+    "poisson": "every step draws each record independently and secretly, at the stated rate",
+    "cyclic-partition": "the partition into batches is uniformly random and secret",
+}
+
+
+@cache
+def source_revision() -> str:
+    """SHA-256 over the Python files of both packages, so that two reports can be told to share their code.
+
+    >>> source_revision().startswith("sha256:")
+    True
+    """
+    digest = hashlib.sha256()
+    for package in ("dptaft", "dptaft_accounting"):
+        for name, content in sorted(_sources(files(package), package)):
+            digest.update(f"{name}\0{len(content)}\0".encode())
+            digest.update(content)
+    return "sha256:" + digest.hexdigest()
+
+
+def _sources(folder: Traversable, path: str) -> list[tuple[str, bytes]]:
+    found: list[tuple[str, bytes]] = []
+    for item in folder.iterdir():
+        name = f"{path}/{item.name}"
+        if item.is_dir() and item.name != "__pycache__":
+            found += _sources(item, name)
+        elif item.name.endswith(".py"):
+            found.append((name, item.read_bytes()))
+    return found
