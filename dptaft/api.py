@@ -41,6 +41,8 @@ def train(
     insecure_seed: int | None = None,
     optimizer: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
+    public_data: bool = False,
+    skip_corrupt: bool = False,
     device: str = "auto",
     engine: str = "auto",
     physical_batch_size: int | None = None,
@@ -75,6 +77,8 @@ def train(
         insecure_seed: seeds noise and samples, for debugging; voids the claim.
         optimizer: fields of `dptaft.training.optimizers.OptimizerConfig`; others take public defaults.
         classes: declared class names.
+        public_data: declare the images a public benchmark (its class list is then public too).
+        skip_corrupt: count an image that cannot be read as an empty record, in place of refusing all.
         device: ``auto``, ``cpu``, ``cuda``, ...
         engine: ``auto``, ``fused``, ``hooks`` or ``ghost``.
         physical_batch_size: records in memory at once.
@@ -124,11 +128,14 @@ def train(
     from dptaft.training.account import NoAccount
     from dptaft.training.trainer import run_training
 
-    images = load_data(data, classes=classes) if isinstance(data, str) else data
+    options = {"classes": classes, "public": public_data, "skip_corrupt": skip_corrupt}
+    images = load_data(data, **options) if isinstance(data, str) else data
     images.check_adjacency(adjacency)
     target = Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
     account = NoAccount("no ledger was used")
-    return run_training(images, request, target, account=account, resume=resume, progress=progress)
+    run = run_training(images, request, target, account=account, resume=resume, progress=progress)
+    images.warn_unreadable()
+    return run
 
 
 def _new_id(name: str, epsilon: float) -> str:

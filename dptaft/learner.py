@@ -152,7 +152,7 @@ class Learner:
             return FusedEngine(self.operator, features, labels, centered=self.config.centered, **common)
         return OpacusEngine(
             self._module,
-            features["boundary"],
+            _unmasked(features),
             labels,
             num_classes=self.operator.num_classes,
             parameters=self.parameters,
@@ -178,6 +178,14 @@ class Learner:
                 for i in range(0, len(features), batch)
             ]
         return torch.cat(parts).float().cpu()
+
+
+def _unmasked(features: Features) -> Tensor:
+    """Boundary activations; records that are not finite are NaN again, so that no engine sums them."""
+    boundary, finite = features["boundary"], features["finite"]
+    if bool(finite.all()):
+        return boundary
+    return torch.where(finite.view(-1, *[1] * (boundary.ndim - 1)), boundary, float("nan"))
 
 
 class _PlainAbove(nn.Module):

@@ -23,9 +23,14 @@ _SCHEDULES = ("learning_rate_schedule", "noise_schedule")
 )
 @click.option("--delta", type=float, help="Failure probability.  [default: min(1e-5, 1/(10 n))]")
 @click.option(
-    "--data", default="digits", show_default=True, help="digits, a folder of class folders, or a .npz."
+    "--data",
+    default="digits",
+    show_default=True,
+    help="digits, fashion-mnist, a folder of class folders, a .csv of labels, a .npz, or hf:NAME.",
 )
 @click.option("--classes", help="Comma-separated class names; declared, so not taken from private data.")
+@click.option("--public-data", is_flag=True, help="Declare the images a public benchmark.")
+@click.option("--skip-corrupt", is_flag=True, help="Count an image that cannot be read as an empty record.")
 @click.option("--model", default="starter", show_default=True, help="starter, or a timm model name.")
 @click.option(
     "--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file."

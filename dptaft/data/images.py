@@ -1,0 +1,223 @@
+"""Labelled images: a training split to protect, an evaluation split, and the public rule that parts them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dptaft.data.pixels import CheckedPixels, DataError, ItemPixels, Pixels, Subset
+
+HOLD_OUT_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their labels.
+
+    Attributes:
+        pixels: the images.
+        labels: (n,) int64 class numbers.
+    """
+
+    pixels: Pixels
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 1:
+            raise DataError(f"labels have shape {tuple(self.labels.shape)}; expected one number per image")
+        if len(self.pixels) != len(self.labels):
+            raise DataError(f"there are {len(self.pixels)} images but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Number -> why, for images that were skipped; private, for the owner of the data."""
+        return dict(getattr(self.pixels, "unreadable", {}))
+
+    def take(self, indices: Sequence[int]) -> Split:
+        """The images of these numbers."""
+        return Split(Subset(self.pixels, indices), self.labels[torch.as_tensor(indices, dtype=torch.int64)])
+
+    def batches(self, size: int, prepare: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """Prepared images, stacked in order to batches of at most `size`."""
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            yield torch.stack([prepare(self.pixels[i]) for i in range(start, stop)])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A training split to protect, and an evaluation split.
+
+    Attributes:
+        name: for records.
+        classes: names, in the order of the class numbers.
+        train: records that the privacy claim covers.
+        evaluation: records that are never trained on; None where there are none.
+        classes_are_public: whether the class list comes from outside the private records.
+        is_public: public benchmark images (the claim is computed all the same).
+        unstable_under: adjacencies under which one record would move others between the two splits.
+        skips_corrupt: an image that cannot be read counts as an empty record.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    evaluation: Split | None
+    classes_are_public: bool
+    is_public: bool = False
+    unstable_under: tuple[str, ...] = ()
+    skips_corrupt: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.train) == 0:
+            raise DataError(f"{self.name} holds no training image")
+        if len(self.classes) < 2:
+            raise DataError(f"{self.name} has {len(self.classes)} class; classification needs at least two")
+        if "" in self.classes or len(set(self.classes)) < len(self.classes):
+            raise DataError(f"the class names {', '.join(self.classes)} must differ and not be empty")
+        for split in (self.train, self.evaluation):
+            if split is not None and len(split) and int(split.labels.min()) < 0:
+                raise DataError(f"{self.name} has the label {int(split.labels.min())}; labels start at 0")
+            if split is not None and len(split) and int(split.labels.max()) >= len(self.classes):
+                raise DataError(
+                    f"{self.name} has the label {int(split.labels.max())} but {len(self.classes)} classes; "
+                    "declare all classes"
+                )
+
+    @classmethod
+    def from_torch(
+        cls,
+        train: Any,
+        evaluation: Any = None,
+        *,
+        classes: Sequence[str],
+        name: str = "data",
+        is_public: bool = False,
+        skip_corrupt: bool = False,
+    ) -> ImageData:
+        """Images of a map-style PyTorch dataset, whose items are (image, class number).
+
+        An image is a PIL image, a tensor (1 or 3, h, w) or an array (h, w[, 1 or 3]), in uint8 or in [0, 1]
+        (see `dptaft.data.as_pixels`). One record is one item, so an item must depend on nothing but its
+        own record: no random augmentation, no normalisation by statistics of the data set. Class numbers come
+        from the attribute ``targets`` or ``labels`` where the dataset has one, else from reading all items.
+
+        Args:
+            train: dataset to protect.
+            evaluation: dataset that is never trained on.
+            classes: declared names, in the order of the class numbers.
+            name: for records.
+            is_public: a public benchmark.
+            skip_corrupt: an item whose image cannot be read counts as an empty record.
+
+        Raises:
+            DataError: an item that changes from call to call, images or labels that cannot be used.
+
+        >>> items = [(torch.zeros(1, 8, 8), 0), (torch.ones(1, 8, 8), 1)]
+        >>> len(ImageData.from_torch(items, classes=["dark", "bright"]).train)
+        2
+        """
+        held = None if evaluation is None else _torch_split(evaluation, f"{name} (evaluation)", skip_corrupt)
+        split = _torch_split(train, name, skip_corrupt)
+        return cls(name, tuple(classes), split, held, True, is_public, skips_corrupt=skip_corrupt)
+
+    def check_adjacency(self, adjacency: str) -> None:
+        """Refuse an adjacency under which one record decides on which side of the hold-out others are.
+
+        Raises:
+            DataError: the claim would hold for a fixed training split only, not for the data set.
+        """
+        if adjacency in self.unstable_under:
+            raise DataError(
+                f"under {adjacency} one record of {self.name} would move others between training and "
+                "evaluation (every fifth is held out); give evaluation images of their own, or use zero-out"
+            )
+
+    def warn_unreadable(self) -> None:
+        """Tell the owner how many images were skipped; a private number, never part of a run."""
+        train = len(self.train.unreadable)
+        held = 0 if self.evaluation is None else len(self.evaluation.unreadable)
+        if train or held:
+            warnings.warn(
+                f"{train} of {len(self.train)} training images and {held} evaluation images of {self.name} "
+                "cannot be read; the former count as empty records, the latter are left out",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _torch_split(dataset: Any, name: str, skip: bool) -> Split:
+    pixels = CheckedPixels(ItemPixels(len(dataset), lambda i: dataset[i][0], name), skip=skip)
+    if len(pixels) and not skip and not torch.equal(pixels[0], pixels[0]):
+        raise DataError(f"image 0 of {name} differs from call to call; leave random augmentation out")
+    return Split(pixels, _torch_labels(dataset, name))
+
+
+def _torch_labels(dataset: Any, name: str) -> Tensor:
+    for attribute in ("targets", "labels"):
+        found = getattr(dataset, attribute, None)
+        if found is not None and len(found) == len(dataset):
+            return whole_labels(found, name)
+    try:
+        return whole_labels([int(dataset[i][1]) for i in range(len(dataset))], name)
+    except DataError:
+        raise
+    except Exception as error:  # a foreign dataset may raise errors of any kind
+        raise DataError(
+            f"cannot read the labels of {name}: {error}; give the dataset an attribute targets"
+        ) from error
+
+
+def whole_labels(values: Any, name: str) -> Tensor:
+    """Class numbers as (n,) int64.
+
+    Raises:
+        DataError: values that are no whole numbers of that shape.
+    """
+    labels = torch.as_tensor(values)
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if len(labels) == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(
+            f"labels in {name} are {labels.dtype} of shape {tuple(labels.shape)}; expected whole numbers (n,)"
+        )
+    return labels.to(torch.int64)
+
+
+def part_evaluation(data: ImageData, *, by_class: bool) -> ImageData:
+    """Hold out every fifth image in the order of the source, or of each class: a rule blind to the images."""
+    held = _every_fifth(data.train.labels if by_class else None, len(data.train))
+    kept = sorted(set(range(len(data.train))) - set(held))
+    moved = ("add-remove", "replace-one") if by_class else ("add-remove",)
+    return ImageData(
+        data.name,
+        data.classes,
+        data.train.take(kept),
+        data.train.take(held),
+        data.classes_are_public,
+        data.is_public,
+        () if data.is_public else moved,
+        data.skips_corrupt,
+    )
+
+
+def _every_fifth(labels: Tensor | None, count: int) -> list[int]:
+    """Numbers 0, 5, 10, ... of the source, or of each class where files are sorted by class."""
+    if labels is None:
+        return list(range(0, count, HOLD_OUT_EVERY))
+    seen: dict[int, int] = {}
+    held = []
+    for index, label in enumerate(labels.tolist()):
+        if seen.setdefault(label, 0) % HOLD_OUT_EVERY == 0:
+            held.append(index)
+        seen[label] += 1
+    return held
