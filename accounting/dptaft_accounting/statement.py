@@ -195,11 +195,25 @@ class PrivacyStatement:
         validate(data)
         return cls(**data)
 
-    def recompute(self) -> Recomputation:
-        """Derives epsilon and every derived field again from mechanism record, certificate and delta."""
-        mechanism = mechanism_from_dict(self.mechanism["record"])
+    def epsilon_at(self, delta: float) -> float:
+        """Returns epsilon at any delta, from the record; at the claim's delta never less than the claim.
+
+        Raises:
+            AccountingError: the record cannot be accounted, or delta is no probability.
+        """
+        mechanism, certificate = self._parts()
+        size = int(self.claim["records_per_unit"])
+        epsilon = best_bound(mechanism, certificate, delta=delta, records_per_unit=size).epsilon
+        return max(epsilon, float(self.claim["epsilon"])) if delta <= self.claim["delta"] else epsilon
+
+    def _parts(self) -> tuple[Mechanism, ConvexityCertificate | None]:
         raw = self.accounting.get("certificate")
         certificate = None if raw is None else ConvexityCertificate.from_dict(raw)
+        return mechanism_from_dict(self.mechanism["record"]), certificate
+
+    def recompute(self) -> Recomputation:
+        """Derives epsilon and every derived field again from mechanism record, certificate and delta."""
+        mechanism, certificate = self._parts()
         problems = [] if self.admin["id"] == self.id else [_CHANGED]
         problems += _contradictions(self.mechanism, mechanism, certificate)
         size = int(self.claim["records_per_unit"])
