@@ -34,7 +34,8 @@ def initialise_head(
     """Give a timm model a new classification head, random from a public seed or with given weights.
 
     The random head has weights N(0, 1/D) and zero bias, so that logits of normalised features have unit size.
-    A zero head would make the Jacobian of every block zero. A distilled model gets two random heads.
+    A zero head would make the Jacobian of every block zero. A distilled model gets two random heads. Rows are
+    drawn one after the other: with more classes, one head keeps the rows that it had.
 
     Args:
         model: a timm model with linear heads; changed in place, unless the arguments are refused.
@@ -67,7 +68,10 @@ def initialise_head(
     for head in heads if isinstance(heads, tuple) else (heads,):
         if generator is not None:
             std = head.in_features**-0.5
-            weight = random_normal(tuple(head.weight.shape), std, generator, head.weight)
+            rows = [
+                random_normal((head.in_features,), std, generator, head.weight) for _ in range(num_classes)
+            ]
+            weight = torch.stack(rows)
         head.weight.copy_(weight)
         head.bias.copy_(torch.zeros_like(head.bias) if bias is None else bias)
 

@@ -56,8 +56,12 @@ def write_run(
     trained: Trained,
     metrics: list[dict[str, Any]],
     charged: Mapping[str, Any],
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write configuration, weights, metrics and the statement; `charged` is what the account says."""
+    """Write configuration, weights, metrics and the statement.
+
+    `charged` is what the account says; `sections` are further tables of the configuration.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     tensors = {f"{TRAINED}{key}": value for key, value in trained.weights.items()}
     tensors |= {f"{HEAD}{key}": value for key, value in prepared.head.items()}
@@ -75,6 +79,7 @@ def write_run(
         "backbone": described,
         "preprocessing": describe_preprocessing(backbone.preprocessing),
         "data": {"name": request.data, "classes": list(data.classes)},
+        **(sections or {}),
     }
     write_config(folder, config)
     write_metrics(folder, metrics)

@@ -9,6 +9,7 @@ from dptaft_accounting.mechanisms import (
     FullBatchGaussian,
     Mechanism,
     OutputPerturbation,
+    ParallelComposition,
     PoissonGaussian,
     SequenceComposition,
 )
@@ -25,7 +26,8 @@ def gaussian_mu(mechanism: Mechanism) -> float | None:
     partition cannot hurt. Output perturbation: the minimiser of a lambda-strongly convex mean moves by at
     most s L/(n lambda) (Chaudhuri, Monteleoni, Sarwate 2011, Corollary 8), plus t/lambda on either side for
     a gradient of norm t.
-    Poisson: only for p = 1. Sequences add mu^2.
+    Poisson: only for p = 1. Sequences add mu^2. Disjoint shards: the largest mu, whose curve lies below all
+        others.
 
     >>> round(gaussian_mu(FullBatchGaussian(noise_multiplier=2.0, steps=4)), 9)
     1.0
@@ -42,8 +44,9 @@ def gaussian_mu(mechanism: Mechanism) -> float | None:
         moved = mechanism.sensitivity * mechanism.gradient_bound / mechanism.records
         moved += 2 * mechanism.gradient_tolerance
         return _UP * moved / (mechanism.regularization * mechanism.noise_std)
-    if isinstance(mechanism, SequenceComposition):
-        mus = [gaussian_mu(part) for part in mechanism.parts]
-        if all(mu is not None for mu in mus):
-            return _UP * math.sqrt(math.fsum(mu * mu for mu in mus if mu is not None))
+    if isinstance(mechanism, SequenceComposition | ParallelComposition):
+        mus = [mu for mu in map(gaussian_mu, mechanism.parts) if mu is not None]
+        if len(mus) == len(mechanism.parts):
+            parallel = isinstance(mechanism, ParallelComposition)
+            return max(mus) if parallel else _UP * math.sqrt(math.fsum(mu * mu for mu in mus))
     return None
