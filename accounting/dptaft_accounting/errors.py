@@ -21,3 +21,11 @@ class CalibrationError(AccountingError):
 
 class StatementError(AccountingError):
     """A privacy statement violates its schema or does not follow from its own record."""
+
+
+class AuditError(AccountingError):
+    """An audit was asked for something that its statistics cannot give."""
+
+
+class PolicyError(AccountingError):
+    """A policy is malformed; the message names the rule."""
