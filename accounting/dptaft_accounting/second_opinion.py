@@ -143,7 +143,7 @@ class _Integral:
     sampled: tuple[tuple[float, float, int], ...]
     direction: int
 
-    def log_moment(self, s: Complex) -> Complex:
+    def log_moment(self, s: NDArray[Any]) -> Complex:
         """Sum over all steps of log E_P exp(s L), for complex s of shape (m,)."""
         total = self.mu2 * s * (s + 1) / 2
         power = (1 + s) if self.direction > 0 else -s

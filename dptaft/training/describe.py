@@ -9,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dptaft.data import ImageData
+from dptaft.revision import source_revision
 from dptaft.training.clipping import l2_sensitivity
 from dptaft.training.noise import FLOAT_MITIGATION, NoiseSource, noise_std
 from dptaft.training.optimizers import OptimizerConfig, PrivateOptimizer
 from dptaft.training.plan import ModelConfig, Plan, Request
-from dptaft.training.vouching import assumptions, data_accesses, source_revision
+from dptaft.training.vouching import assumptions, data_accesses
 from dptaft_accounting import PrivacyStatement
 
 _PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
