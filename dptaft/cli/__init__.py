@@ -12,6 +12,7 @@ _COMMANDS = {
     "train": ("dptaft.cli.train", "train"),
     "predict": ("dptaft.cli.predict", "predict"),
     "budget": ("dptaft.cli.budget", "budget"),
+    "verify": ("dptaft.cli.verify", "verify"),
     "models": ("dptaft.cli.models", "models"),
     "clear-cache": ("dptaft.cli.clear_cache", "clear_cache"),
 }

@@ -1,0 +1,277 @@
+"""Everything about a run that can be checked without its data: what `dptaft verify` does. Needs no torch.
+
+Checks are *passed*, *failed*, or a *note* for what is worth knowing and is no failure. They show that the
+claim follows from the record, and that all files belong together; that the record is true of what happened is
+the work of the training code (docs/guarantees.md).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dptaft.revision import source_revision
+from dptaft.runs import CONFIG, HASHED, METRICS, STATEMENT, RunError, file_problems, read_config, read_privacy
+from dptaft_accounting import PrivacyStatement
+from dptaft_accounting.convexity import ConvexityCertificate
+from dptaft_accounting.errors import AccountingError
+from dptaft_accounting.policy import Policy
+from dptaft_accounting.second_opinion import SecondOpinion, second_opinion
+
+PASSED, FAILED, NOTE = "passed", "failed", "note"
+_SAME = 1e-6  # a second opinion may exceed the claim by no more than this
+_NEAR = 0.02  # and the recomputed bound is expected within this above it
+_COMPARED = (
+    ("privacy", "adjacency", "claim", "adjacency"),
+    ("model", "loss", "mechanism", "loss"),
+    ("model", "scope", "mechanism", "scope"),
+    ("model", "method", "mechanism", "method"),
+    ("optimizer", "kind", "mechanism", "optimizer"),
+    ("run", "id", "admin", "run"),
+    ("run", "time", "admin", "time"),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question about a run and its answer.
+
+    Attributes:
+        name: what was checked.
+        status: `passed`, `failed` or `note`.
+        message: the answer in one line.
+    """
+
+    name: str
+    status: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All answers about one run or statement.
+
+    Attributes:
+        path: what was checked.
+        id: name of the statement's content as the file gives it.
+        statement: None where nothing is claimed.
+        epsilon: recomputed from the record; None where there is nothing to recompute.
+        second: the independent value of epsilon by composition.
+        checks: all answers in the order in which they were asked.
+    """
+
+    path: Path
+    id: str
+    statement: PrivacyStatement | None
+    epsilon: float | None
+    second: SecondOpinion | None
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True where no check failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.status == FAILED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        claim = {} if self.statement is None else self.statement.claim
+        return {
+            "path": str(self.path),
+            "verified": self.passed,
+            "id": self.id,
+            "claimed": {name: claim.get(name) for name in ("epsilon", "delta", "adjacency", "unit")},
+            "recomputed_epsilon": self.epsilon,
+            "second_opinion": None if self.second is None else asdict(self.second),
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    policy: Policy | None = None,
+    ledger: str | os.PathLike[str] | None = None,
+) -> Verification:
+    """Check a run directory, or a statement alone.
+
+    Args:
+        path: folder of a run, or a statement file.
+        policy: what is accepted beyond consistency.
+        ledger: budget ledger to look the run up in; without it the run's own note of it is reported.
+
+    Raises:
+        RunError: the input cannot be read: not a run, truncated, foreign, of a newer version, a file missing.
+    """
+    place = Path(path)
+    whole = place.is_dir()
+    privacy = read_privacy(place / STATEMENT if whole else place)
+    checks = [_result("statement", privacy.problems, f"its content has the id {privacy.id}")]
+    checks += (
+        _files(place, privacy.files)
+        if whole
+        else [Check("files", NOTE, "a statement alone: the files of its run were not looked at")]
+    )
+    statement = privacy.statement
+    if statement is None:
+        checks.append(Check("claim", FAILED, f"no privacy is claimed: {privacy.no_claim}"))
+        return Verification(place, privacy.id, None, None, None, tuple(checks))
+    epsilon, answers = _claim(statement)
+    checks += answers
+    second, answer = _second(statement)
+    checks.append(answer)
+    checks += _certificate(statement)
+    if whole:
+        checks += _agreement(place, statement)
+    checks += _ledger(statement, ledger)
+    checks += _versions(statement)
+    if policy is not None:
+        found = tuple(violation.message for violation in policy.violations(statement))
+        checks.append(_result("policy", found, "the statement meets it"))
+    return Verification(place, privacy.id, statement, epsilon, second, tuple(checks))
+
+
+def _result(name: str, problems: tuple[str, ...] | list[str], fine: str) -> Check:
+    return Check(name, FAILED, "; ".join(problems)) if problems else Check(name, PASSED, fine)
+
+
+def _files(folder: Path, files: Mapping[str, str]) -> list[Check]:
+    problems = file_problems(folder, files)
+    known = {STATEMENT, *HASHED}
+    others = sorted(item.name for item in folder.iterdir() if item.name not in known)
+    checks = [_result("files", problems, f"{', '.join(HASHED)} are the ones this run wrote")]
+    if others:
+        checks.append(Check("files", NOTE, f"not part of the run, not checked: {', '.join(others)}"))
+    return checks
+
+
+def _claim(statement: PrivacyStatement) -> tuple[float | None, list[Check]]:
+    claimed, delta = statement.claim["epsilon"], statement.claim["delta"]
+    try:
+        result = statement.recompute()
+    except AccountingError as error:
+        return None, [Check("claim", FAILED, f"the record cannot be accounted: {error}")]
+    epsilon = None if math.isinf(result.epsilon) else result.epsilon
+    fine = f"epsilon {result.epsilon:.9g} at delta {delta:g} follows from the record; claimed {claimed:.9g}"
+    return epsilon, [_result("claim", result.problems, fine)]
+
+
+def _second(statement: PrivacyStatement) -> tuple[SecondOpinion, Check]:
+    """Composition on the second path; a smaller number in the statement would prove an error."""
+    claim, stated = statement.claim, statement.accounting.get("epsilon_composition")
+    second = second_opinion(
+        statement.mechanism["record"], claim["delta"], records_per_unit=claim["records_per_unit"]
+    )
+    if second.epsilon is None or stated is None:
+        return second, Check("second accountant", NOTE, second.method)
+    words = f"epsilon {second.epsilon:.9g} by composition ({second.method}); stated {stated:.9g}"
+    if stated < second.epsilon * (1 - _SAME):
+        return second, Check("second accountant", FAILED, f"{words}, which is too small")
+    if statement.accounting["bound"] != "composition":
+        words += "; the smaller bound of the claim has one implementation and was recomputed with it"
+    elif stated > second.epsilon * (1 + _NEAR) + 1e-6:
+        return second, Check("second accountant", NOTE, f"{words}, which is valid and loose")
+    return second, Check("second accountant", PASSED, words)
+
+
+def _certificate(statement: PrivacyStatement) -> Iterator[Check]:
+    raw = statement.accounting.get("certificate")
+    if raw is None:
+        return
+    try:
+        own = ConvexityCertificate.from_dict(raw)
+        again = _reissue(own)
+    except (AccountingError, KeyError, TypeError, ValueError) as error:
+        yield Check("certificate", FAILED, f"it cannot be issued again from its parts: {error}")
+        return
+    names = [name for name, value in again.to_dict().items() if name != "origin" and raw.get(name) != value]
+    fine = "issued again from loss, feature bound and step size: the same numbers"
+    yield _result("certificate", [f"{name} does not follow from its parts" for name in names], fine)
+
+
+def _reissue(own: ConvexityCertificate) -> ConvexityCertificate:
+    origin = own.origin
+    return ConvexityCertificate.issue(
+        loss=origin["loss"],
+        feature_bound=float(origin["feature_bound"]),
+        l2_clip_norm=own.l2_clip_norm,
+        regularization=own.strong_convexity,
+        step_size=own.step_size,
+        normaliser=own.normaliser,
+        sampling=own.sampling,
+        steps=own.steps,
+        records=own.records,
+        max_batch_size=own.max_batch_size,
+        sampling_rate=own.sampling_rate,
+        batches_per_epoch=own.batches_per_epoch,
+        diameter=own.diameter,
+        adjacency=own.adjacency,
+        gradient_clipping=origin.get("gradient_bound") == "clipping of a scalar output",
+        origin=origin,
+    )
+
+
+def _agreement(folder: Path, statement: PrivacyStatement) -> Iterator[Check]:
+    """Configuration and metrics against the statement: a forger would have to change all of them alike."""
+    try:
+        config = read_config(folder)
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines if line]
+    except (RunError, ValueError, RecursionError) as error:
+        yield Check("agreement", FAILED, str(error))
+        return
+    groups = statement.to_dict()
+    problems = [
+        f"{CONFIG} says {name} {config[section].get(name)!r}, the statement {groups[group][field]!r}"
+        for section, name, group, field in _COMPARED
+        if field in groups[group] and config[section].get(name) != groups[group][field]
+    ]
+    target = config["privacy"].get("epsilon")
+    if isinstance(target, (int, float)) and statement.claim["epsilon"] > target * (1 + 1e-9):
+        problems.append(f"the claim exceeds the epsilon {target:g} that {CONFIG} asked for")
+    value = statement.utility.get("value")
+    if value is not None and value not in [
+        line.get("accuracy") for line in metrics if isinstance(line, dict)
+    ]:
+        problems.append(f"{METRICS} does not hold the accuracy {value} of the statement")
+    yield _result("agreement", problems, f"{CONFIG}, {METRICS} and the statement say the same")
+
+
+def _ledger(statement: PrivacyStatement, path: str | os.PathLike[str] | None) -> Iterator[Check]:
+    composition = statement.composition
+    if path is None:
+        entry = composition.get("ledger_entry")
+        words = f"entry {entry} not looked up; give --ledger" if entry else composition.get("ledger", "none")
+        yield Check("ledger", NOTE, str(words))
+
+
+def _versions(statement: PrivacyStatement) -> Iterator[Check]:
+    """Differences of versions, which are no failures: the numbers were recomputed."""
+    stated = statement.implementation.get("versions", {})
+    found = []
+    for name in ("dptaft", "numpy", "scipy", "dp-accounting"):
+        here = _installed(name)
+        if name in stated and here is not None and here != stated[name]:
+            found.append(f"{name} {stated[name]} there, {here} here")
+    revision = statement.implementation.get("source_revision")
+    if revision is not None and revision != source_revision():
+        found.append("the code differs")
+    if found:
+        yield Check("versions", NOTE, "; ".join(found))
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
