@@ -26,8 +26,7 @@ def gaussian_mu(mechanism: Mechanism) -> float | None:
     partition cannot hurt. Output perturbation: the minimiser of a lambda-strongly convex mean moves by at
     most s L/(n lambda) (Chaudhuri, Monteleoni, Sarwate 2011, Corollary 8), plus t/lambda on either side for
     a gradient of norm t.
-    Poisson: only for p = 1. Sequences add mu^2. Disjoint shards: the largest mu, whose curve lies below all
-        others.
+    Poisson: only for p = 1. Sequences add mu^2. Disjoint shards: the largest mu, whose curve is the lowest.
 
     >>> round(gaussian_mu(FullBatchGaussian(noise_multiplier=2.0, steps=4)), 9)
     1.0
