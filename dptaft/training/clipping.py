@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,17 +37,19 @@ def l2_sensitivity(l2_clip_norm: float, adjacency: Adjacency) -> float:
     return l2_clip_norm * (2.0 if adjacency == "replace-one" else 1.0) * (1.0 + FLOAT_SLACK)
 
 
-def clip_factors(norms: Tensor, l2_clip_norm: float) -> Tensor:
+def clip_factors(norms: Tensor, l2_clip_norm: float | Sequence[float]) -> Tensor:
     """``min(1, l2_clip_norm / norm)`` per example; exactly 0 where the norm is not finite.
 
     Args:
-        norms: gradient norms, any shape.
-        l2_clip_norm: clip norm, finite and positive.
+        norms: gradient norms, any shape; (members, ...) where there is one clip norm per member.
+        l2_clip_norm: clip norm, finite and positive; or one for each member.
 
     Example:
         >>> clip_factors(torch.tensor([0.0, 4.0, float("nan"), float("inf")]), 2.0)
         tensor([1.0000, 0.5000, 0.0000, 0.0000])
     """
+    if isinstance(l2_clip_norm, Sequence):
+        return torch.stack([clip_factors(row, c) for row, c in zip(norms, l2_clip_norm, strict=True)])
     check_clip_norm(l2_clip_norm)
     factors = (l2_clip_norm / norms).clamp(max=1.0)
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(norms))
@@ -59,26 +61,44 @@ class ClippedSum:
 
     Attributes:
         value: name -> sum (not mean) over the examples, with a leading members axis where `members` is given.
-        l2_clip_norm: bound on the joint L2 norm of one example's contribution.
+        l2_clip_norm: bound on the joint L2 norm of one example's contribution; a tuple where every member has
+            a bound of its own.
         adjacency: relation for which `sensitivity` holds.
         sensitivity: L2 sensitivity of `value` (of each member).
         members: number of weight vectors on the leading axis, None without that axis.
         num_nonfinite: examples (times members) that contributed zero because their gradient was not finite.
             A function of private data: for local warnings, never published.
+        nonfinite_by_member: the same for every member.
+
+    Raises:
+        ValueError: a clip norm or adjacency out of range, or a tuple that does not fit the members.
     """
 
     value: Mapping[str, Tensor]
-    l2_clip_norm: float
+    l2_clip_norm: float | tuple[float, ...]
     adjacency: Adjacency = "zero-out"
     members: int | None = None
     num_nonfinite: int = field(default=0, repr=False)
+    nonfinite_by_member: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        l2_sensitivity(self.l2_clip_norm, self.adjacency)
+        norms = self.l2_clip_norm
+        if isinstance(norms, tuple) and len(norms) != self.members:
+            raise ValueError(
+                f"there are {len(norms)} clip norms for {self.members} members; give one for each"
+            )
+        for norm in norms if isinstance(norms, tuple) else (norms,):
+            l2_sensitivity(norm, self.adjacency)
 
     @property
     def sensitivity(self) -> float:
-        """L2 sensitivity of `value` under `adjacency`."""
+        """L2 sensitivity of `value` under `adjacency`.
+
+        Raises:
+            ValueError: members with clip norms of their own; take one `member`.
+        """
+        if isinstance(self.l2_clip_norm, tuple):
+            raise ValueError("every member has a sensitivity of its own; take one member of the clipped sum")
         return l2_sensitivity(self.l2_clip_norm, self.adjacency)
 
     def member(self, index: int) -> ClippedSum:
@@ -90,7 +110,13 @@ class ClippedSum:
         if self.members is None:
             raise ValueError("this clipped sum has no members axis")
         value = {name: tensor[index] for name, tensor in self.value.items()}
-        return ClippedSum(value, self.l2_clip_norm, self.adjacency)
+        norm, bad = self.l2_clip_norm, self.nonfinite_by_member
+        return ClippedSum(
+            value,
+            norm[index] if isinstance(norm, tuple) else norm,
+            self.adjacency,
+            num_nonfinite=bad[index] if bad else 0,
+        )
 
     def merged(self, other: ClippedSum) -> ClippedSum:
         """Sum over the union of two disjoint sets of examples; the sensitivity does not change.
@@ -107,6 +133,9 @@ class ClippedSum:
             adjacency=self.adjacency,
             members=self.members,
             num_nonfinite=self.num_nonfinite + other.num_nonfinite,
+            nonfinite_by_member=tuple(
+                a + b for a, b in zip(self.nonfinite_by_member, other.nonfinite_by_member, strict=True)
+            ),
         )
 
 

@@ -8,7 +8,7 @@ the loss by the logits. The norm comes from constants, the clipped sum from one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -109,50 +109,62 @@ class FusedEngine:
         like = self.operator.offset(self._features.index(slice(0, 1)))
         return {name: like.new_zeros((*lead, *shape)) for name, shape in self.parameter_shapes.items()}
 
-    def clipped_sum(self, theta: Mapping[str, Tensor], indices: Tensor) -> ClippedSum:
+    def clipped_sum(
+        self, theta: Mapping[str, Tensor], indices: Tensor, l2_clip_norms: Sequence[float] | None = None
+    ) -> ClippedSum:
         """Sum over the batch of clipped gradients at `theta`.
 
         Args:
             theta: tangent weights, each with an optional leading members axis.
             indices: (b,) int64 example numbers, each at most once; possibly none.
+            l2_clip_norms: a clip norm for each member, in place of the one of the engine.
 
         Raises:
-            ValueError: an example is named twice.
+            ValueError: an example is named twice, or the number of clip norms is not that of the members.
         """
         check_unique(indices)
+        name, shape = next(iter(self.parameter_shapes.items()))
+        members = len(theta[name]) if theta[name].ndim > len(shape) else None
+        if l2_clip_norms is not None and len(l2_clip_norms) != members:
+            raise ValueError(
+                f"there are {len(l2_clip_norms)} clip norms for {members} members; give one for each"
+            )
+        clip = self.l2_clip_norm if l2_clip_norms is None else tuple(l2_clip_norms)
         total: dict[str, Tensor] = {}
-        bad = 0
+        bad = torch.zeros(members or 1, dtype=torch.int64)
 
         def piece(start: int, stop: int) -> None:
             nonlocal bad
-            part, part_bad = self._piece(theta, self._select(indices, start, stop))
+            part, part_bad = self._piece(theta, clip, self._select(indices, start, stop))
             for name, value in part.items():
                 total[name] = total[name].add_(value) if name in total else value
-            bad += part_bad
+            bad = bad + part_bad.cpu()
 
         with torch.no_grad():
             self._physical.run(len(indices), piece)
             if not total:
                 total = {name: torch.zeros_like(theta[name]) for name in self.parameter_shapes}
-        name, shape = next(iter(self.parameter_shapes.items()))
-        members = len(theta[name]) if theta[name].ndim > len(shape) else None
-        return ClippedSum(total, self.l2_clip_norm, self.adjacency, members, bad)
+        counts = () if members is None else tuple(int(count) for count in bad)
+        return ClippedSum(total, clip, self.adjacency, members, int(bad.sum()), counts)
 
     def _select(self, indices: Tensor, start: int, stop: int) -> slice | Tensor:
         """A slice (no copy) where the batch is the whole data set."""
         return slice(start, stop) if len(indices) == self.num_examples else indices[start:stop]
 
-    def _piece(self, theta: Mapping[str, Tensor], chosen: slice | Tensor) -> tuple[dict[str, Tensor], int]:
+    def _piece(
+        self, theta: Mapping[str, Tensor], clip: float | tuple[float, ...], chosen: slice | Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Clipped sums of a piece, and the number of non-finite examples of every member."""
         features = self._features.index(chosen)
         logits = self.operator.jvp(features, theta)
         if not self.centered:
             logits = logits + self.operator.offset(features)
         cotangents = self.loss.cotangent(logits, self._labels[chosen])
         norms = self._norms(features, cotangents, chosen)
-        clipped = clip_factors(norms, self.l2_clip_norm).unsqueeze(-1) * cotangents
+        clipped = clip_factors(norms, clip).unsqueeze(-1) * cotangents
         finite = torch.isfinite(norms)
-        bad = int((~finite).sum())
-        if bad:  # 0 * inf is not 0: leave such examples out of the product altogether
+        bad = (~finite).sum(-1).reshape(-1)
+        if bool(bad.any()):  # 0 * inf is not 0: leave such examples out of the product altogether
             clipped = torch.where(finite.unsqueeze(-1), clipped, torch.zeros_like(clipped))
             kept = finite.reshape(-1, len(features)).any(0).nonzero().squeeze(1)
             features, clipped = features.index(kept), clipped.index_select(-2, kept)
