@@ -11,6 +11,7 @@ import click
 _COMMANDS = {
     "train": ("dptaft.cli.train", "train"),
     "predict": ("dptaft.cli.predict", "predict"),
+    "compose": ("dptaft.cli.compose", "compose"),
     "budget": ("dptaft.cli.budget", "budget"),
     "verify": ("dptaft.cli.verify", "verify"),
     "models": ("dptaft.cli.models", "models"),

@@ -1,0 +1,241 @@
+"""What a composed run spends: the largest part over disjoint shards, the sequence of all parts otherwise.
+
+Parallel composition (McSherry 2009, Theorem 4, for trade-off curves): neighbouring data sets differ in one
+record, which lies in one shard whatever the other records are; the outputs of all other shards have the same
+distribution on both, also when they were trained later and saw the outputs of earlier shards. So the curve of
+the record's own shard holds for all outputs together. A replaced record may leave one shard and enter
+another, so replace-one composes in sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dptaft.shards.parts import ComposeError, Part
+from dptaft_accounting import (
+    Mechanism,
+    ParallelComposition,
+    PrivacyStatement,
+    SequenceComposition,
+    mechanism_from_dict,
+)
+
+CHECKED, DECLARED, SEQUENCE = "checked", "declared by the user", "not used"
+_WORST_FIRST = ("not covered", "covered", "public, declared by the user", "public", "none")
+
+
+def composed_mechanism(parts: Sequence[Part], *, disjoint: bool) -> Mechanism:
+    """The record of all parts together.
+
+    Args:
+        parts: runs with a statement each.
+        disjoint: whether the user declares that runs of different partitions share no record.
+
+    Raises:
+        ComposeError: parts with different adjacencies or units, or evidence against `disjoint`.
+
+    Formal guarantees:
+        Shards of one partition compose in parallel, because training them checked that they share no record.
+        Several runs of one shard compose in sequence. Everything else composes in sequence, unless declared
+        disjoint.
+    """
+    _check_same_units(parts)
+    groups: dict[str, dict[str, list[Mechanism]]] = {}
+    for part in parts:
+        group = groups.setdefault(part.partition or part.run.id, {})
+        record = _statement(part).mechanism["record"]
+        group.setdefault(part.shard or "", []).append(mechanism_from_dict(record))
+    within = [_parallel([_sequence(runs) for runs in shards.values()]) for shards in groups.values()]
+    if disjoint:
+        _check_declaration(parts)
+        return _parallel(within)
+    return _sequence(within)
+
+
+def _statement(part: Part) -> PrivacyStatement:
+    if part.run.statement is None:
+        raise ComposeError(f"{part.label} makes no privacy claim, so nothing can be composed from it")
+    return part.run.statement
+
+
+def _sequence(items: Sequence[Mechanism]) -> Mechanism:
+    flat: list[Mechanism] = []
+    for item in items:
+        flat += item.parts if isinstance(item, SequenceComposition) else [item]
+    return flat[0] if len(flat) == 1 else SequenceComposition(tuple(flat))
+
+
+def _parallel(items: Sequence[Mechanism]) -> Mechanism:
+    """Parallel composition of mechanisms; equal ones are written once, for the maximum does not change."""
+    if len(items) == 1:
+        return items[0]
+    if items[0].adjacency == "replace-one":
+        return _sequence(items)
+    flat: list[Mechanism] = []
+    for item in items:
+        flat += item.parts if isinstance(item, ParallelComposition) else [item]
+    return ParallelComposition(tuple(dict.fromkeys(flat)))
+
+
+def _check_same_units(parts: Sequence[Part]) -> None:
+    first = parts[0]
+    for part in parts:
+        for name in ("adjacency", "unit", "records_per_unit"):
+            one, two = (_statement(p).claim[name] for p in (first, part))
+            if one != two:
+                raise ComposeError(
+                    f"{first.label} and {part.label} claim privacy for different {name}: {one!r} against "
+                    f"{two!r}; "
+                    "only claims about the same change of the data compose"
+                )
+
+
+def _check_declaration(parts: Sequence[Part]) -> None:
+    """Refuse a declaration of disjointness that the runs themselves contradict."""
+    seen: dict[str, tuple[str, Part]] = {}
+    for part in parts:
+        origin = part.partition or part.run.id
+        name = str(part.run.config["data"].get("name"))
+        before, other = seen.setdefault(name, (origin, part))
+        if before != origin:
+            raise ComposeError(
+                f"{other.label} and {part.label} were both trained on data called {name!r}, so they cannot "
+                "be "
+                "declared disjoint; leave --disjoint out, or train them as shards of one partition"
+            )
+
+
+def disjointness(parts: Sequence[Part], *, disjoint: bool) -> str:
+    """Who vouches for disjoint parts: training as one partition, the user, or nobody where none is needed."""
+    origins = {part.partition or part.run.id for part in parts}
+    if len(origins) > 1 and disjoint:
+        return DECLARED
+    shards = {(part.partition, part.shard) for part in parts}
+    return CHECKED if len(shards) > 1 and any(part.partition for part in parts) else SEQUENCE
+
+
+def composed_statement(
+    parts: Sequence[Part],
+    *,
+    how: str,
+    disjoint: bool,
+    removed: Sequence[Mapping[str, Any]],
+    utility: Mapping[str, Any],
+    admin: Mapping[str, Any],
+) -> PrivacyStatement:
+    """Account all parts together, at the smallest of their deltas, and merge what they cover and assume."""
+    statements = [_statement(part) for part in parts]
+    claims = [statement.claim for statement in statements]
+    mechanism = composed_mechanism(parts, disjoint=disjoint)
+    vouched = disjointness(parts, disjoint=disjoint)
+    return PrivacyStatement.build(
+        mechanism,
+        min(claim["delta"] for claim in claims),
+        unit=claims[0]["unit"],
+        records_per_unit=claims[0]["records_per_unit"],
+        claim={
+            "not_protected": _not_protected(claims, utility),
+            "public": _union([*(claim.get("public", []) for claim in claims), _public(parts)]),
+            "data_accesses": _accesses(claims, how, utility),
+            "assumptions": _union(
+                [*(claim.get("assumptions", []) for claim in claims), _assumptions(vouched)]
+            ),
+        },
+        details={"composed_of": len(parts), "how": how},
+        composition=_composition(parts, how, vouched, removed),
+        implementation=_implementation(statements),
+        utility=utility,
+        admin={**admin, "caveats": _caveats(statements, vouched, removed)},
+    )
+
+
+def _union(lists: Iterable[Iterable[Any]]) -> list[Any]:
+    found: list[Any] = []
+    for items in lists:
+        found += [item for item in items if item not in found]
+    return found
+
+
+def _not_protected(claims: Sequence[Mapping[str, Any]], utility: Mapping[str, Any]) -> list[str]:
+    own = ["the evaluation images: their accuracy is published as it is"] if utility else []
+    return _union([own, *(claim.get("not_protected", []) for claim in claims)])
+
+
+def _public(parts: Sequence[Part]) -> list[str]:
+    if not any(part.partition for part in parts):
+        return []
+    return ["names of the shards, and the number of records of each"]
+
+
+def _accesses(claims: Sequence[Mapping[str, Any]], how: str, utility: Mapping[str, Any]) -> dict[str, str]:
+    """For every use of the data, the answer of the part that is worst off."""
+    found: dict[str, str] = {}
+    for claim in claims:
+        for name, answer in claim.get("data_accesses", {}).items():
+            found[name] = min(found.get(name, answer), answer, key=_WORST_FIRST.index)
+    if utility:
+        found["evaluation"] = "not covered"
+    return found | {"composition_weights": "not covered" if how == "weighted" else "public"}
+
+
+def _assumptions(vouched: str) -> list[dict[str, str]]:
+    if vouched == SEQUENCE:
+        return []
+    by, where = {
+        CHECKED: ("enforced by the code", "dptaft/shards/training.py"),
+        DECLARED: ("declared by the user", "--disjoint"),
+    }[vouched]
+    return [
+        {"assumption": "no record is in two of the composed parts", "vouched_by": by, "where": where},
+        {
+            "assumption": "the part that holds a record does not depend on other records",
+            "vouched_by": by,
+            "where": where,
+        },
+    ]
+
+
+def _composition(
+    parts: Sequence[Part], how: str, vouched: str, removed: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    choice = "given by the user" if how == "weighted" else "public defaults"
+    return {
+        "how": how,
+        "disjointness": vouched,
+        "parts": [
+            {
+                "statement": part.run.id,
+                "run": str(_statement(part).admin.get("run", "")),
+                "factor": part.factor,
+                "epsilon": _statement(part).claim["epsilon"],
+                "delta": _statement(part).claim["delta"],
+                **({} if part.shard is None else {"partition": part.partition, "shard": part.shard}),
+            }
+            for part in parts
+        ],
+        "removed": [dict(item) for item in removed],
+        "ledger": "none: adding weights spends nothing; every part was charged when it was trained",
+        "weights_choice": choice,
+    }
+
+
+def _implementation(statements: Sequence[PrivacyStatement]) -> dict[str, Any]:
+    """Facts that all parts share; the statements of the parts hold the others."""
+    first = dict(statements[0].implementation)
+    return {
+        name: value
+        for name, value in first.items()
+        if all(statement.implementation.get(name) == value for statement in statements)
+    }
+
+
+def _caveats(
+    statements: Sequence[PrivacyStatement], vouched: str, removed: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    found = _union(statement.admin.get("caveats", []) for statement in statements)
+    if vouched == DECLARED:
+        found.append(
+            "that the composed parts share no record was declared by the user and could not be checked"
+        )
+    return found + [str(item["reveals"]) for item in removed]
