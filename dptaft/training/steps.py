@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dptaft.learner import Cached, Progress
 from dptaft.training.account import Account
 from dptaft.training.checkpoint import Checkpointer, GracefulStop, check_resumable, data_fingerprint
-from dptaft.training.clipping import require_finite_start
-from dptaft.training.fused import FusedEngine
+from dptaft.training.clipping import ClippedSum, require_finite_start
 from dptaft.training.losses import LOSSES
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
-from dptaft.training.opacus_engine import OpacusEngine
 from dptaft.training.optimizers import IterateAverage, PrivateOptimizer, build_optimizer
 from dptaft.training.plan import Plan, PlanError, Request, plain
 from dptaft.training.preparation import Prepared
@@ -42,7 +40,7 @@ class Trained:
     completed: int
 
 
-def _sources(request: Request) -> tuple[Source, Source]:
+def sources(request: Request) -> tuple[Source, Source]:
     """Independent randomness for noise and for sampling."""
     seed = request.privacy.insecure_seed
     if seed is None:
@@ -56,6 +54,129 @@ def _sampler(plan: Plan, num_records: int, source: Source) -> Sampler:
     if plan.sampling.kind == "poisson":
         return Poisson(num_records, plan.sampling.rate, source)
     return CyclicPartition(num_records, plan.sampling.parts, source)
+
+
+class RunState:
+    """One run between two steps: weights, optimiser, average, checkpoint, account.
+
+    Args:
+        prepared: model and plan.
+        request: what the run was asked for; a resumed run is held to it.
+        parameters: the trained weights; a checkpoint that exists is restored into them.
+        cached: features of the records.
+        labels: (n,) their classes.
+        partial: private folder of checkpoint and authorised steps.
+        account: where the steps are charged.
+        source: randomness of the noise.
+
+    Raises:
+        PlanError: no budget is left for another step.
+        ResumeError: a partial run that cannot be continued.
+
+    Formal guarantees:
+        `authorise` returns only when account and checkpoint have recorded the step that follows, and `take`
+        adds the noise that the plan was calibrated for.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        request: Request,
+        parameters: Mapping[str, nn.Parameter],
+        cached: Cached,
+        labels: Tensor,
+        partial: Path,
+        account: Account,
+        source: Source,
+    ) -> None:
+        self.prepared, self.parameters = prepared, parameters
+        self._account = account
+        plan = prepared.plan
+        self.private = build_optimizer(
+            parameters,
+            prepared.optimizer,
+            noise_multiplier=plan.noise_over_sensitivity,
+            l2_clip_norm=prepared.l2_clip_norm,
+            expected_batch_size=plan.normaliser,
+            source=source,
+            adjacency=plan.adjacency,
+        )
+        self._average = IterateAverage(prepared.optimizer, plan.steps)
+        self._checkpointer = Checkpointer(partial, _fingerprint(prepared, request, cached, labels))
+        try:
+            self.done = self._checkpointer.restore(parameters, self.private, self._average)
+            self._last = plan.last_step(self.done, self._charged())
+            if self._last == 0:
+                raise PlanError(
+                    f"the budget of {plan.steps} steps is spent and no result was saved; "
+                    f"remove {partial} and start a new run, which spends it again"
+                )
+        except BaseException:
+            self.close()
+            raise
+        self._authorised = self.done
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.done >= self._last
+
+    def authorise(self) -> None:
+        """Record that the next step may touch the data, durably, before it does."""
+        plan = self.prepared.plan
+        if self.done == self._authorised:
+            end = min(self.done + max(1, min(MOST_BLOCK_STEPS, plan.steps // 20)), self._last)
+            self._account.authorise(self.prepared.spending((*self._charged(), *range(self.done, end))))
+            self._checkpointer.authorise(self.done, end)
+            self._authorised = end
+
+    def take(self, clipped: ClippedSum, batch_size: int) -> None:
+        """One private step with the clipped sum of its batch."""
+        plan = self.prepared.plan
+        if self.done == 0:
+            require_finite_start(clipped, batch_size)
+        self.private.set_step(self.prepared.optimizer, plan.noise_over_sensitivity, self.done, plan.steps)
+        self.private.private_step(clipped)
+        self._average.update(self.parameters, self.done)
+        self.done += 1
+        if self.done == self._authorised:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint; steps that were authorised and did not run are given back."""
+        self._checkpointer.save(self.done, self.parameters, self.private, self._average)
+        self._authorised = self.done
+
+    def interruption(self) -> TrainingInterruptedError:
+        """What to tell the user who asked for a stop."""
+        return TrainingInterruptedError(
+            f"stopped after {self.done} of {self.prepared.plan.steps} steps; "
+            f"continue with the same options, --output {_output(self._checkpointer.folder)} and --resume"
+        )
+
+    def trained(self) -> Trained:
+        """The result.
+
+        Raises:
+            PlanError: the weights diverged.
+        """
+        weights = self._average.value(self.parameters)
+        if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+            raise PlanError(
+                "the weights diverged, and the budget is spent; lower the learning rate in a new run"
+            )
+        return Trained(weights, self.private, self._charged(), self._checkpointer.progress.completed)
+
+    def close(self) -> None:
+        """Let another process continue the run; a run that never started leaves nothing."""
+        if self._checkpointer.started:
+            self._checkpointer.close()
+        else:
+            self._checkpointer.remove()
+
+    def _charged(self) -> tuple[int, ...]:
+        """Numbers of all steps that may have touched the data, repeated ones again."""
+        return tuple(i for first, end in self._checkpointer.progress.authorised for i in range(first, end))
 
 
 def train_steps(
@@ -84,12 +205,11 @@ def train_steps(
         TrainingInterruptedError: a signal asked for a stop.
     """
     learner, plan = prepared.learner, prepared.plan
-    noise, choice = _sources(request)
+    noise, choice = sources(request)
     sampler = _sampler(plan, len(labels), choice)
     if partial.is_dir():
         check_resumable(sampler, noise)
-    if not bool(cached.features["finite"].any()):
-        raise PlanError("no image has finite features; check the images and the backbone's weights")
+    require_finite_features(cached)
     engine = learner.engine(
         cached.features,
         labels,
@@ -97,78 +217,27 @@ def train_steps(
         l2_clip_norm=prepared.l2_clip_norm,
         adjacency=plan.adjacency,
     )
-    private = build_optimizer(
-        learner.parameters,
-        prepared.optimizer,
-        noise_multiplier=plan.noise_over_sensitivity,
-        l2_clip_norm=prepared.l2_clip_norm,
-        expected_batch_size=plan.normaliser,
-        source=noise,
-        adjacency=plan.adjacency,
-    )
-    average = IterateAverage(prepared.optimizer, plan.steps)
-    checkpointer = Checkpointer(partial, _fingerprint(prepared, request, cached, labels))
+    state = RunState(prepared, request, learner.parameters, cached, labels, partial, account, noise)
     try:
-        _run_steps(prepared, engine, sampler, private, average, checkpointer, account, progress)
-        executed, completed = _charged(checkpointer), checkpointer.progress.completed
-    finally:
-        if checkpointer.started:
-            checkpointer.close()
-        else:
-            checkpointer.remove()
-    weights = average.value(learner.parameters)
-    if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
-        raise PlanError("the weights diverged, and the budget is spent; lower the learning rate in a new run")
-    return Trained(weights, private, executed, completed)
-
-
-def _charged(checkpointer: Checkpointer) -> tuple[int, ...]:
-    """Numbers of all steps that may have touched the data, repeated ones again."""
-    return tuple(i for first, end in checkpointer.progress.authorised for i in range(first, end))
-
-
-def _run_steps(
-    prepared: Prepared,
-    engine: FusedEngine | OpacusEngine,
-    sampler: Sampler,
-    private: PrivateOptimizer,
-    average: IterateAverage,
-    checkpointer: Checkpointer,
-    account: Account,
-    progress: Progress | None,
-) -> None:
-    """All steps that are left; steps that were authorised before but lost count against the plan."""
-    plan, parameters = prepared.plan, prepared.learner.parameters
-    done = checkpointer.restore(parameters, private, average)
-    last = plan.last_step(done, _charged(checkpointer))
-    if last == 0:
-        raise PlanError(
-            f"the budget of {plan.steps} steps is spent and no result was saved; "
-            f"remove {checkpointer.folder} and start a new run, which spends it again"
-        )
-    block = max(1, min(MOST_BLOCK_STEPS, plan.steps // 20))
-    with GracefulStop((signal.SIGTERM, signal.SIGINT)) as stop:
-        while done < last:
-            end = min(done + block, last)
-            account.authorise(prepared.spending((*_charged(checkpointer), *range(done, end))))
-            checkpointer.authorise(done, end)
-            while done < end and not stop.requested:
-                private.set_step(prepared.optimizer, plan.noise_over_sensitivity, done, plan.steps)
+        with GracefulStop((signal.SIGTERM, signal.SIGINT)) as stop:
+            while not state.finished:
+                state.authorise()
                 indices = sampler.next_batch()
-                clipped = engine.clipped_sum(parameters, indices)
-                if done == 0:
-                    require_finite_start(clipped, len(indices))
-                private.private_step(clipped)
-                average.update(parameters, done)
-                done += 1
+                state.take(engine.clipped_sum(learner.parameters, indices), len(indices))
                 if progress is not None:
-                    progress("training", done, plan.steps)
-            checkpointer.save(done, parameters, private, average)
-            if stop.requested:
-                raise TrainingInterruptedError(
-                    f"stopped after {done} of {plan.steps} steps; "
-                    f"continue with the same options, --output {_output(checkpointer.folder)} and --resume"
-                )
+                    progress("training", state.done, plan.steps)
+                if stop.requested:
+                    state.save()
+                    raise state.interruption()
+        return state.trained()
+    finally:
+        state.close()
+
+
+def require_finite_features(cached: Cached) -> None:
+    """Refuse data of which no image can be used, before anything is charged."""
+    if not bool(cached.features["finite"].any()):
+        raise PlanError("no image has finite features; check the images and the backbone's weights")
 
 
 def _output(partial: Path) -> Path:
