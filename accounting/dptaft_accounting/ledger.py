@@ -25,8 +25,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,7 @@ class Ledger:
         self.path = Path(path)
         self._file = LedgerFile(self.path, timeout)
         self._state: State | None = None
+        self._key = ""
 
     @classmethod
     def create(cls, path: Path | str, *, timeout: float = _TIMEOUT) -> Ledger:
@@ -114,11 +114,15 @@ class Ledger:
         Raises:
             LedgerError: the key is missing or damaged.
         """
-        with self._file.reading() as connection:
-            key = read_key(connection)
-        if _sha256(key) != self._read().key_digest:
-            raise LedgerError(f"the key in {self.path} is missing or damaged; restore the ledger from a copy")
-        return hmac.new(bytes.fromhex(key), content.encode(), hashlib.sha256).hexdigest()
+        if not self._key:
+            with self._file.reading() as connection:
+                key, state = read_key(connection), self._catch_up(connection)
+            if _sha256(key) != state.key_digest:
+                raise LedgerError(
+                    f"the key in {self.path} is missing or damaged; restore the ledger from a copy"
+                )
+            self._key = key
+        return hmac.new(bytes.fromhex(self._key), content.encode(), hashlib.sha256).hexdigest()
 
     def find(self, content: str) -> str | None:
         """Name of the data set with this content, under whatever name it was registered."""
@@ -158,8 +162,7 @@ class Ledger:
                 )
             return {"kind": "data-set", "dataset": name, "fingerprint": fingerprint}
 
-        self._write(fields)
-        return self._read().names[fingerprint]
+        return self._write(fields).names[fingerprint]
 
     def declare(self, dataset: str, budget: Budget, *, replace: bool = False) -> None:
         """Set the budget of a data set; what was spent before counts.
@@ -239,8 +242,7 @@ class Ledger:
                 "owner": this_process(),
             }
 
-        self._write(fields)
-        return self.entry(name)
+        return self._write(fields).entry(name)
 
     def authorise(self, entry: str, token: str, cost: Cost) -> None:
         """Record durably that the run may spend up to `cost` in total from now on.
@@ -275,8 +277,7 @@ class Ledger:
                 "certificate": None if certificate is None else certificate.to_dict(),
             }
 
-        self._write(fields)
-        return self.entry(entry)
+        return self._write(fields).entry(entry)
 
     def release(self, entry: str, token: str) -> Entry:
         """Give a reservation back of which nothing was authorised.
@@ -292,8 +293,7 @@ class Ledger:
                 )
             return {"kind": "close", "entry": entry, "reason": "released by its run"}
 
-        self._write(fields)
-        return self.entry(entry)
+        return self._write(fields).entry(entry)
 
     def close(self, entry: str, token: str | None = None, *, insist: bool = False) -> Entry:
         """End a run without a result: what was authorised stays charged, the rest is given back.
@@ -326,8 +326,7 @@ class Ledger:
             reason = "its process is gone" if gone else "closed on request"
             return {"kind": "close", "entry": entry, "reason": reason}
 
-        self._write(fields)
-        return self.entry(entry)
+        return self._write(fields).entry(entry)
 
     def resume(self, entry: str, content: str, cost: Cost, mechanism: Any) -> Entry:
         """Continue a run: `cost` is the worst case of all it has done and will do, repeated steps included.
@@ -361,8 +360,7 @@ class Ledger:
                 "owner": this_process(),
             }
 
-        self._write(fields)
-        return self.entry(entry)
+        return self._write(fields).entry(entry)
 
     def entry(self, name: str) -> Entry:
         """One entry.
@@ -424,36 +422,30 @@ class Ledger:
         Raises:
             LedgerError: a damaged chain.
         """
-        with self._read_rows() as (state, rows):
-            listed = [
-                {"number": r.number, "previous": r.previous, "body": r.fields(), "hash": r.hash} for r in rows
-            ]
-            return {"ledger": state.ledger_id, "head": state.head, "rows": listed}
-
-    @contextmanager
-    def _read_rows(self) -> Iterator[tuple[State, list[Row]]]:
         with self._file.reading() as connection:
-            state, rows = State(), list(rows_after(connection, 0))
-            for row in rows:
-                state.apply(row)
-            yield state, rows
+            state, rows = self._catch_up(connection), list(rows_after(connection, 0))
+        listed = [
+            {"number": r.number, "previous": r.previous, "body": r.fields(), "hash": r.hash} for r in rows
+        ]
+        return {"ledger": state.ledger_id, "head": state.head, "rows": listed}
 
     def _read(self) -> State:
         with self._file.reading() as connection:
             return self._catch_up(connection)
 
-    def _write(self, fields: Callable[[State], Mapping[str, Any] | None]) -> None:
-        """Append the row that `fields` makes from the current state, if any, in one transaction."""
+    def _write(self, fields: Callable[[State], Mapping[str, Any] | None]) -> State:
+        """Append the row that `fields` makes from the current state, if any; returns the state after."""
         with self._file.writing() as connection:
             state = self._catch_up(connection)
             body = fields(state)
             if body is None:
-                return
+                return state
             row = Row.append(state.number + 1, state.head, {**body, **stamp(state.time)})
             insert(connection, row)
             self._state = None  # until the row is durable
             state.apply(row)
         self._state = state
+        return state
 
     def _catch_up(self, connection: Any) -> State:
         state = self._state or State()
