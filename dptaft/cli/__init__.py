@@ -13,6 +13,7 @@ _COMMANDS = {
     "predict": ("dptaft.cli.predict", "predict"),
     "compose": ("dptaft.cli.compose", "compose"),
     "budget": ("dptaft.cli.budget", "budget"),
+    "report": ("dptaft.cli.report", "report"),
     "verify": ("dptaft.cli.verify", "verify"),
     "models": ("dptaft.cli.models", "models"),
     "clear-cache": ("dptaft.cli.clear_cache", "clear_cache"),

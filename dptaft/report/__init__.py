@@ -1,0 +1,1 @@
+"""Reports on finished runs for people: Markdown, a self-contained page, a model card, a registry entry."""
