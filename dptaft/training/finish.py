@@ -33,10 +33,18 @@ from dptaft.training.steps import Trained
 def evaluate(
     learner: Learner, data: ImageData, held_out: Cached | None, weights: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """Accuracy and mean cross-entropy on the evaluation split; nothing about the training records."""
-    if data.evaluation is None or held_out is None or not len(data.evaluation):
+    """Accuracy and mean cross-entropy on the evaluation split; nothing about the training records.
+
+    Images that were skipped because they cannot be read are left out.
+    """
+    if data.evaluation is None or held_out is None:
         return []
     logits, labels = learner.logits(held_out.features, weights), data.evaluation.labels
+    if data.skips_corrupt:
+        kept = held_out.features["finite"].cpu()
+        logits, labels = logits[kept], labels[kept]
+    if not len(labels):
+        return []
     return [
         {
             "split": "evaluation",

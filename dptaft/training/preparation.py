@@ -44,17 +44,34 @@ class Prepared:
         return Spending(self.plan.mechanism(executed) if noisy else None, self.certificate, self.plan.delta)
 
 
-def prepare(data: ImageData, request: Request) -> Prepared:
-    """Build the model and fix every number of the plan; no private image is read here."""
-    privacy, model = request.privacy, request.model
+def build_learner(data: ImageData, request: Request) -> Learner:
+    """Backbone, head and tangent model; several runs of the same model may share one."""
+    model = request.model
     if model.loss not in LOSSES:
         raise PlanError(f"unknown loss {model.loss!r}; use {', '.join(LOSSES)}")
     backbone = load_backbone(
         model.name, num_classes=len(data.classes), seed=model.seed, weights=model.weights, head=model.head
     )
-    classifier = backbone.model.get_classifier()
+    return Learner(backbone, model, request.performance)
+
+
+def prepare(data: ImageData, request: Request, learner: Learner | None = None) -> Prepared:
+    """Build the model and fix every number of the plan; no private image is read here.
+
+    Args:
+        data: its public facts: number of records and classes.
+        request: what the run is asked for.
+        learner: from `build_learner` for the same data and model; None builds it.
+
+    Raises:
+        PlanError: a request that cannot be met, or a learner of another model.
+    """
+    privacy = request.privacy
+    learner = build_learner(data, request) if learner is None else learner
+    if learner.config != request.model:
+        raise PlanError("the shared learner was built for another model; build one for this request")
+    classifier = learner.backbone.model.get_classifier()
     head = {"weight": classifier.weight.detach().clone(), "bias": classifier.bias.detach().clone()}
-    learner = Learner(backbone, model, request.performance)
     records = privacy.public_size or len(data.train)
     delta = privacy.delta if privacy.delta is not None else default_delta(records)
     defaults = default_hyperparameters(records, privacy.epsilon, delta)
