@@ -15,6 +15,7 @@ _COMMANDS = {
     "budget": ("dptaft.cli.budget", "budget"),
     "report": ("dptaft.cli.report", "report"),
     "verify": ("dptaft.cli.verify", "verify"),
+    "compare": ("dptaft.cli.compare", "compare"),
     "models": ("dptaft.cli.models", "models"),
     "clear-cache": ("dptaft.cli.clear_cache", "clear_cache"),
 }

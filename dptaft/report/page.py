@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
 
 from dptaft.report.facts import Facts, Number, Risk
 from dptaft.report.plots import plots
+from dptaft.report.style import STYLE
 from dptaft.report.text import escaped
 
 _TONES = {
@@ -24,13 +24,12 @@ _TONES = {
 
 def render(facts: Facts) -> str:
     """The page; all text of the facts is escaped."""
-    style = (files("dptaft.report") / "page.css").read_text(encoding="utf-8")
     body = "".join(_body(facts))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Privacy report: {escaped(facts.run)}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<title>Privacy report: {escaped(facts.run)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
     )
 

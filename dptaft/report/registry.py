@@ -58,7 +58,7 @@ def entry(run: Run) -> dict[str, Any]:
             "privacy_loss": _loss(run, found),
             "deployment_model": {
                 "model_name": "Central",
-                "model_name_details": "Training reads the records on one trusted machine, which adds the noise.",
+                "model_name_details": "One trusted machine reads the records and adds the noise.",
                 "actors": plain(f"The curator who trains is trusted with the records. {found.sentence}"),
                 "release_type": "One release",
                 "data_source_type": "Static",

@@ -1,3 +1,8 @@
+"""The style sheet of a report: screens, phones and paper, light and dark."""
+
+from __future__ import annotations
+
+STYLE = r"""
 :root {
   --paper: #ffffff; --panel: #f6f7f9; --ink: #1c2430; --soft: #5a6675; --line: #d5dae1;
   --first: #1f5fbf; --second: #c4661f; --wash: #dde8f7;
@@ -7,7 +12,8 @@
   :root {
     --paper: #12161c; --panel: #1b2129; --ink: #e8ecf1; --soft: #9ba7b5; --line: #37414e;
     --first: #74a9ff; --second: #f0a063; --wash: #1d2d45;
-    --good: #7fd6a6; --good-bg: #16352a; --warn: #f0c36a; --warn-bg: #3a2f14; --bad: #ff9d95; --bad-bg: #43201f;
+    --good: #7fd6a6; --good-bg: #16352a; --warn: #f0c36a; --warn-bg: #3a2f14; --bad: #ff9d95;
+    --bad-bg: #43201f;
   }
 }
 * { box-sizing: border-box; }
@@ -22,7 +28,8 @@ h2 { font-size: 1.05rem; margin: 0 0 0.6rem; }
 h3 { font-size: 0.92rem; margin: 1rem 0 0.3rem; }
 p { margin: 0 0 0.6rem; }
 section { margin-top: 1.6rem; }
-.eyebrow { text-transform: uppercase; letter-spacing: 0.08em; font-size: 0.75rem; color: var(--soft); margin: 0; }
+.eyebrow { text-transform: uppercase; letter-spacing: 0.08em; font-size: 0.75rem;
+  color: var(--soft); margin: 0; }
 .meta { color: var(--soft); margin: 0; overflow-wrap: anywhere; }
 .meta span { display: inline-block; margin-left: 0.4rem; }
 .claim { border-left: 4px solid var(--first); padding: 0.2rem 0 0.2rem 1rem; }
@@ -34,7 +41,8 @@ section { margin-top: 1.6rem; }
 .numbers div { background: var(--panel); border-radius: 8px; padding: 0.75rem 0.9rem; }
 .numbers span { display: block; }
 .numbers .label { color: var(--soft); font-size: 0.85rem; }
-.numbers .value { font-size: 1.75rem; line-height: 1.2; font-weight: 650; font-variant-numeric: tabular-nums; }
+.numbers .value { font-size: 1.75rem; line-height: 1.2; font-weight: 650;
+  font-variant-numeric: tabular-nums; }
 .numbers .words { color: var(--soft); font-size: 0.82rem; }
 .caveats { background: var(--warn-bg); color: var(--warn); border-radius: 8px; padding: 0.8rem 1rem; }
 .caveats h2 { margin-bottom: 0.3rem; }
@@ -55,23 +63,28 @@ dd { margin: 0; }
 .amount { text-align: right; font-variant-numeric: tabular-nums; font-weight: 600; }
 .bar { height: 8px; background: var(--panel); border-radius: 4px; overflow: hidden; }
 .bar i { display: block; height: 100%; min-width: 2px; background: var(--first); }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 2rem; align-items: start; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 2rem;
+  align-items: start; }
 .flow { columns: 24rem 2; column-gap: 2rem; margin-top: 1.6rem; }
 .flow section { margin: 0 0 1.6rem; break-inside: avoid; }
 table { width: 100%; border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: 0.38rem 0.6rem 0.38rem 0; border-top: 1px solid var(--line); }
+th, td { text-align: left; vertical-align: top; padding: 0.38rem 0.6rem 0.38rem 0;
+  border-top: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 500; font-size: 0.85rem; border-top: 0; padding-top: 0; }
 tbody th { font-weight: 500; color: var(--soft); width: 42%; }
 td { overflow-wrap: anywhere; }
 .scope td:last-child { white-space: nowrap; width: 1%; padding-right: 0; }
 .where { display: block; color: var(--soft); font-size: 0.8rem; }
-.pill { display: inline-block; padding: 0.05rem 0.55rem; border-radius: 1rem; font-size: 0.82rem; overflow-wrap: normal; }
+.pill { display: inline-block; padding: 0.05rem 0.55rem; border-radius: 1rem; font-size: 0.82rem;
+  overflow-wrap: normal; }
 .pill.good { background: var(--good-bg); color: var(--good); }
 .pill.warn { background: var(--warn-bg); color: var(--warn); }
 .pill.bad { background: var(--bad-bg); color: var(--bad); }
 .pill.quiet { background: var(--panel); color: var(--soft); }
-code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.88em; overflow-wrap: anywhere; }
-.hash { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.78rem; overflow-wrap: anywhere; }
+code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.88em;
+  overflow-wrap: anywhere; }
+.hash { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.78rem;
+  overflow-wrap: anywhere; }
 @media (max-width: 34rem) {
   main { padding: 1.2rem 1rem 2rem; }
   .numbers { grid-template-columns: 1fr 1fr; gap: 0.6rem; }
@@ -90,7 +103,8 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-si
   :root {
     --paper: #ffffff; --panel: #f3f4f6; --ink: #111111; --soft: #444c56; --line: #c5cad1;
     --first: #1f5fbf; --second: #c4661f; --wash: #dde8f7;
-    --good: #14683f; --good-bg: #e0f2e8; --warn: #7a4b00; --warn-bg: #fdf0d3; --bad: #97201a; --bad-bg: #fbe3e1;
+    --good: #14683f; --good-bg: #e0f2e8; --warn: #7a4b00; --warn-bg: #fdf0d3; --bad: #97201a;
+    --bad-bg: #fbe3e1;
   }
   * { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
   html { font-size: 10px; }
@@ -108,3 +122,4 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-si
   figure, tr, .risks dl > div, .caveats, .numbers div { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
+"""
