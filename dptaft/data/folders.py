@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -98,12 +98,13 @@ class _Row:
     file: Path
     label: str
     evaluation: bool
+    others: Mapping[str, str]
 
 
 def label_table(path: Path, wanted: Wanted) -> ImageData:
     """A CSV table with the columns ``file`` and ``label``, and optionally ``split`` (train or test).
 
-    Files are named relative to the folder of the table; one row is one record.
+    Files are named relative to the folder of the table; one row is one record. Other columns are kept.
 
     Raises:
         DataError: a missing column, a row without a value, a file named twice, an undeclared label.
@@ -119,7 +120,9 @@ def label_table(path: Path, wanted: Wanted) -> ImageData:
             )
 
     def split(part: list[_Row]) -> Split:
-        return wanted.files([row.file for row in part], [number[row.label] for row in part])
+        columns = {name: tuple(row.others[name] for row in part) for name in (rows[0].others if rows else ())}
+        found = wanted.files([row.file for row in part], [number[row.label] for row in part])
+        return replace(found, columns=columns)
 
     held = [row for row in rows if row.evaluation]
     train = split([row for row in rows if not row.evaluation])
@@ -153,4 +156,6 @@ def _row(path: Path, number: int, record: dict[str, str | None]) -> _Row:
         raise DataError(f"row {number} of {path} lacks a file or a label; fill it in or remove the row")
     if split not in (*_TRAIN, *_EVALUATION):
         raise DataError(f"row {number} of {path} has the split {split!r}; use train or test")
-    return _Row(number, path.parent / file, label, split in _EVALUATION)
+    known = ("file", "label", "split", None)
+    others = {name: (value or "").strip() for name, value in record.items() if name not in known}
+    return _Row(number, path.parent / file, label, split in _EVALUATION, others)

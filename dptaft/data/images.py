@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,16 +22,21 @@ class Split:
     Attributes:
         pixels: the images.
         labels: (n,) int64 class numbers.
+        columns: further facts by name, one text per image, such as the site that it comes from.
     """
 
     pixels: Pixels
     labels: Tensor
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 1:
             raise DataError(f"labels have shape {tuple(self.labels.shape)}; expected one number per image")
         if len(self.pixels) != len(self.labels):
             raise DataError(f"there are {len(self.pixels)} images but {len(self.labels)} labels")
+        for name, values in self.columns.items():
+            if len(values) != len(self.labels):
+                raise DataError(f"column {name!r} has {len(values)} values for {len(self.labels)} images")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,7 +48,9 @@ class Split:
 
     def take(self, indices: Sequence[int]) -> Split:
         """The images of these numbers."""
-        return Split(Subset(self.pixels, indices), self.labels[torch.as_tensor(indices, dtype=torch.int64)])
+        numbers = torch.as_tensor(indices, dtype=torch.int64)
+        columns = {name: tuple(values[i] for i in indices) for name, values in self.columns.items()}
+        return Split(Subset(self.pixels, indices), self.labels[numbers], columns)
 
     def batches(self, size: int, prepare: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """Prepared images, stacked in order to batches of at most `size`."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dptaft.data import ImageData
-from dptaft.learner import Progress
+from dptaft.learner import Cached, Progress
 from dptaft.runs import Run, check_output, load_run, new_run
 from dptaft.training.account import Account
 from dptaft.training.finish import evaluate, write_run
 from dptaft.training.plan import PlanError, Request, delta_warning
-from dptaft.training.preparation import prepare
+from dptaft.training.preparation import Prepared, prepare
 from dptaft.training.steps import train_steps
 
 
@@ -39,6 +41,27 @@ def run_training(
         ValueError: a request that cannot be met (PlanError, DataError, BackboneError, RunError, ResumeError).
         TrainingInterruptedError: a signal asked for a stop.
     """
+    partial = check_folders(output, resume)
+    prepared = prepare(data, request)
+
+    def features() -> tuple[Cached, Cached | None]:
+        cached = prepared.learner.features(data.train, progress, "reading images")
+        if data.evaluation is None:
+            return cached, None
+        return cached, prepared.learner.features(data.evaluation, progress, "reading evaluation")
+
+    return train_prepared(
+        prepared, data, request, output, partial, features, account=account, progress=progress
+    )
+
+
+def check_folders(output: Path, resume: bool) -> Path:
+    """Refuse an output that exists, and a partial run that is not to be resumed; returns the partial folder.
+
+    Raises:
+        PlanError: with the remedy.
+        RunError: the output exists or cannot be made.
+    """
     check_output(output)
     partial = partial_folder(output)
     if resume and not partial.is_dir():
@@ -48,22 +71,49 @@ def run_training(
             f"{partial} holds an interrupted run (or one that still trains); continue it with --resume, "
             "or remove it"
         )
-    prepared = prepare(data, request)
+    return partial
+
+
+def train_prepared(
+    prepared: Prepared,
+    data: ImageData,
+    request: Request,
+    output: Path,
+    partial: Path,
+    features: Callable[[], tuple[Cached, Cached | None]],
+    *,
+    account: Account,
+    progress: Progress | None = None,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Run:
+    """Reserve, read, train, commit and write: all of a run that touches private data, in this order.
+
+    Args:
+        prepared: every public decision.
+        data: the records.
+        request: what was asked for.
+        output: folder of the run.
+        partial: private folder of the unfinished run.
+        features: reads the images of the records and of the evaluation split, once the plan is reserved.
+        account: where the privacy is charged.
+        progress: called with (stage, done, total).
+        sections: further tables of the run's configuration.
+
+    Raises:
+        ValueError: as for `run_training`.
+        TrainingInterruptedError: a signal asked for a stop.
+    """
     warning = delta_warning(prepared.plan.delta, request.privacy.public_size or len(data.train))
     if warning is not None and request.privacy.is_private:
         warnings.warn(warning, UserWarning, stacklevel=2)
-    learner = prepared.learner
     account.reserve(prepared.spending())
     try:
-        cached = learner.features(data.train, progress, "reading images")
-        held_out = None
-        if data.evaluation is not None:
-            held_out = learner.features(data.evaluation, progress, "reading evaluation")
+        cached, held_out = features()
         trained = train_steps(prepared, request, cached, data.train.labels, partial, account, progress)
-        metrics = evaluate(learner, data, held_out, trained.weights)
+        metrics = evaluate(prepared.learner, data, held_out, trained.weights)
         charged = account.commit(prepared.spending(trained.executed))
         with new_run(output) as folder:
-            write_run(folder, output.name, data, request, prepared, trained, metrics, charged)
+            write_run(folder, output.name, data, request, prepared, trained, metrics, charged, sections)
     finally:
         account.close()
     shutil.rmtree(partial, ignore_errors=True)
