@@ -22,7 +22,15 @@ from dptaft.feature_cache import (
 from dptaft.tangent.model import TangentModel
 from dptaft.tangent.operator import Features, TangentOperator
 
-__all__ = ["FeatureCacheError", "build_features", "feature_key", "remove_cache", "tensors_digest"]
+__all__ = [
+    "FeatureCacheError",
+    "boundary_of",
+    "build_features",
+    "feature_key",
+    "gather",
+    "remove_cache",
+    "tensors_digest",
+]
 
 _logger = logging.getLogger(__name__)
 _PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -70,7 +78,7 @@ def build_features(
         raise FeatureCacheError("a feature cache needs both a folder and a key; pass both or neither")
     parts = _parts(batches, count, model, operator, _PRECISIONS[precision], progress)
     if cache is None or key is None:
-        return _in_memory(parts, count)
+        return gather(parts, count)
     if has_features(cache, key):
         try:
             return read_features(cache, key)
@@ -79,6 +87,11 @@ def build_features(
             discard_features(cache, key)
     write_features(cache, key, parts, count)
     return read_features(cache, key)
+
+
+def boundary_of(model: TangentModel, images: Tensor, precision: str = "float32") -> Tensor:
+    """Boundary activations of prepared images, rounded as `build_features` rounds them."""
+    return _rounded(model.boundary(images), _PRECISIONS[precision])
 
 
 def feature_key(
@@ -163,8 +176,12 @@ def _rounded(boundary: Tensor, dtype: torch.dtype | None) -> Tensor:
     return boundary.clamp(-largest, largest).to(dtype)
 
 
-def _in_memory(parts: Iterator[Features], count: int) -> Features:
-    """Fill tensors allocated once, so that the peak is one copy and one batch."""
+def gather(parts: Iterable[Features], count: int) -> Features:
+    """Consecutive parts in memory: tensors are allocated once, so that the peak is one copy and one batch.
+
+    Raises:
+        FeatureCacheError: the parts do not hold ``count`` examples.
+    """
     tensors: dict[str, Tensor] = {}
     done = 0
     for part in parts:

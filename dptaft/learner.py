@@ -109,7 +109,7 @@ class Learner:
 
     def features(self, split: Split, progress: Progress | None = None, label: str = "features") -> Cached:
         """Cached constants of all images of a split, on the device, in memory or in the feature cache."""
-        cache, seen = self.performance.feature_cache, _PixelDigest()
+        cache, seen = self.performance.feature_cache, PixelDigest()
         pixels = None if cache is None else _pixel_digest(split)
         key = None if pixels is None else self._key(pixels)
         prepare = self.backbone.preprocessing
@@ -216,22 +216,24 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-class _PixelDigest:
+class PixelDigest:
     """SHA-256 over images in order."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, image: Tensor) -> None:
+        """Take in the next image."""
         self._digest.update(str(tuple(image.shape)).encode())
         self._digest.update(image.contiguous().numpy().tobytes())
 
     def value(self) -> str:
+        """Hexadecimal digest of all images so far."""
         return self._digest.hexdigest()
 
 
 def _pixel_digest(split: Split) -> str:
-    seen = _PixelDigest()
+    seen = PixelDigest()
     for i in range(len(split)):
         seen.add(split.pixels[i])
     return seen.value()

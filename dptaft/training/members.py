@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dptaft.data import ImageData
+from dptaft.data import ImageData, Split
 from dptaft.learner import Cached, Learner, Progress
 from dptaft.runs import Run, check_output, load_run, new_run
 from dptaft.training.account import Account
@@ -36,6 +36,7 @@ from dptaft.training.trainer import partial_folder
 MOST_BYTES = 1 << 30
 """Members of one batch hold at most this many bytes of weights and optimiser state."""
 
+FeatureReader = Callable[[Learner, Split, Progress | None, str], Cached]
 _COPIES = 6
 _FAILURES = (ValueError, OSError)
 
@@ -83,6 +84,7 @@ def run_members(
     points: Sequence[Point],
     *,
     learner: Learner | None = None,
+    features: FeatureReader = Learner.features,
     progress: Progress | None = None,
 ) -> list[Run | Exception]:
     """Train all points, which must have the same model, and write a run for each.
@@ -91,6 +93,7 @@ def run_members(
         data: the records.
         points: with equal model, performance settings and adjacency.
         learner: from `build_learner` for them; None builds it.
+        features: reads the features of a split, for callers that keep them.
         progress: called with (stage, done, total).
 
     Returns:
@@ -116,10 +119,12 @@ def run_members(
                 members[i] = _member(data, point, learner)
             except _FAILURES as error:
                 outcomes[i] = error
-        cached = learner.features(data.train, progress, "reading images")
+        if not members:
+            return [outcome for outcome in outcomes if outcome is not None]
+        cached = features(learner, data.train, progress, "reading images")
         held_out = None
         if data.evaluation is not None:
-            held_out = learner.features(data.evaluation, progress, "reading evaluation")
+            held_out = features(learner, data.evaluation, progress, "reading evaluation")
         trained = train_members(list(members.values()), cached, data.train.labels, progress)
         for (i, member), result in zip(members.items(), trained, strict=True):
             outcomes[i] = result if isinstance(result, Exception) else _finish(data, member, result, held_out)
