@@ -49,6 +49,7 @@ def train(
     feature_cache: str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
+    ledger: str | Path | None = "auto",
     progress: Progress | None = None,
 ) -> Run:
     """Train privately and return the finished run.
@@ -85,6 +86,8 @@ def train(
         feature_cache: folder for cached features; None keeps them in memory.
         output: folder of the run, which must not exist; None takes ``runs/<id>``.
         resume: continue the interrupted run of the same `output`.
+        ledger: budget ledger that is charged: ``auto`` for ``ledger.sqlite`` beside the run folder, a path,
+            or None for none (the statement says so).
         progress: called with (stage, done, total).
 
     Raises:
@@ -124,15 +127,15 @@ def train(
         performance=PerformanceConfig(device, engine, physical_batch_size, feature_cache),
         data=data if isinstance(data, str) else data.name,
     )
+    from dptaft.budgeting import open_account
     from dptaft.data import load_data
-    from dptaft.training.account import NoAccount
     from dptaft.training.trainer import run_training
 
     options = {"classes": classes, "public": public_data, "skip_corrupt": skip_corrupt}
     images = load_data(data, **options) if isinstance(data, str) else data
     images.check_adjacency(adjacency)
     target = Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
-    account = NoAccount("no ledger was used")
+    account = open_account(images, request, target, ledger=ledger, resume=resume, progress=progress)
     run = run_training(images, request, target, account=account, resume=resume, progress=progress)
     images.warn_unreadable()
     return run

@@ -117,6 +117,12 @@ _SCHEDULES = ("learning_rate_schedule", "noise_schedule")
     "--reinitialised-blocks", type=int, default=0, show_default=True, help="Last blocks that start afresh."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<id>]")
+@click.option(
+    "--ledger",
+    type=click.Path(path_type=Path),
+    help="Budget ledger.  [default: ledger.sqlite beside the run]",
+)
+@click.option("--no-ledger", is_flag=True, help="Charge no ledger; the statement says so.")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run of the same --output and options.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def train(classes: str | None, as_json: bool, **options: Any) -> None:
@@ -126,6 +132,12 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
     """
     if options["epsilon"] is None:
         raise click.UsageError("give --epsilon, for example --epsilon 3 (or inf for no privacy)")
+    if options.pop("no_ledger"):
+        if options["ledger"] is not None:
+            raise click.UsageError("--ledger and --no-ledger exclude each other; give one of them")
+        options["ledger"] = None
+    elif options["ledger"] is None:
+        options["ledger"] = "auto"
     if options["resume"] and options["output"] is None:
         raise click.UsageError("--resume needs the --output of the interrupted run")
     import dptaft
@@ -175,6 +187,9 @@ def summary(run: Run) -> dict[str, Any]:
         "adjacency": statement.claim["adjacency"],
         "unit": statement.claim["unit"],
         "random_source": statement.implementation["noise_source"],
+        "ledger": {
+            name: statement.composition.get(name) for name in ("ledger", "data_set", "total", "remaining")
+        },
         "caveats": statement.admin.get("caveats", []),
     }
 
@@ -211,5 +226,18 @@ def _privacy_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("steps", f"{facts['steps']} ({facts['sampling']})"),
         ("adjacency", f"{facts['adjacency']}, unit: {facts['unit']}"),
         ("random source", facts["random_source"]),
+        *_budget_rows(facts["ledger"]),
         *(("note", line) for line in facts["caveats"]),
     ]
+
+
+def _budget_rows(ledger: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is left of a declared budget, rounded down; nothing without one."""
+    left, total = ledger["remaining"], ledger["total"]
+    if left is None:
+        return []
+    spent = (
+        f"epsilon {up(total['epsilon'], 6)} at delta {up(total['delta'], 3)} spent on {ledger['data_set']}"
+    )
+    rest = f"one more run at delta {left['delta']:g} may have epsilon {left['epsilon']:g}"
+    return [("budget", f"{spent}; {rest if left['epsilon'] > 0 else 'nothing is left'}")]

@@ -142,7 +142,7 @@ class Checkpointer:
         }
         # safetensors refuses tensors that share memory, and a checkpoint must not follow later updates
         own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-        _write_atomically(self.folder / "checkpoint.safetensors", save(own, {_HEADER: json.dumps(header)}))
+        write_atomically(self.folder / "checkpoint.safetensors", save(own, {_HEADER: json.dumps(header)}))
         self._completed, self._tensors, self._extra = completed, own, extra
         start, stop = self._authorised[-1]
         if start < completed < stop:
@@ -187,7 +187,7 @@ class Checkpointer:
 
     def _write_progress(self) -> None:
         content = {"format": _FORMAT, "fingerprint": self.fingerprint, "authorised": self._authorised}
-        _write_atomically(self.folder / "progress.json", json.dumps(content).encode())
+        write_atomically(self.folder / "progress.json", json.dumps(content).encode())
 
     def _read_progress(self) -> list[tuple[int, int]]:
         path = self.folder / "progress.json"
@@ -324,7 +324,7 @@ def _load_optimizer(optimizer: PrivateOptimizer, stored: Mapping[str, Tensor]) -
         optimizer.state[p][key] = value.to(device, copy=True)
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` (mode 0600) so that after a crash the old or the new content is there, no mixture.
 
     Raises:

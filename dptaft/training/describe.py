@@ -20,9 +20,9 @@ from dptaft_accounting import PrivacyStatement
 _PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
 SEEDED = (
     "noise and sampling were seeded (--insecure-seed): whoever knows the seed can undo them, "
-    "so no privacy is claimed"
+    "so no privacy is claimed and no budget is charged"
 )
-NOISELESS = "epsilon is infinite: a non-private baseline without noise"
+NOISELESS = "epsilon is infinite: a non-private baseline without noise; no budget is charged"
 
 
 def no_claim(request: Request) -> str | None:
@@ -61,7 +61,7 @@ def build_statement(
         composition=_composition(request) | dict(charged),
         implementation=_implementation(plan),
         utility=utility,
-        admin={**admin, "caveats": _caveats(data, request, plan, executed, completed)},
+        admin={**admin, "caveats": _caveats(data, request, plan, executed, completed) + _unrecorded(charged)},
     )
 
 
@@ -107,6 +107,15 @@ def _caveats(
     if data.is_public:
         found.append(f"{data.name} is a public benchmark: the claim shows what private data would get")
     return found
+
+
+def _unrecorded(charged: Mapping[str, Any]) -> list[str]:
+    """Caveats about the account that was charged."""
+    if "ledger_entry" in charged:
+        return [str(charged["budget_note"])] if "budget_note" in charged else []
+    return [
+        f"no budget ledger recorded this run ({charged.get('ledger', 'none')}): other runs add to its cost"
+    ]
 
 
 def _chosen(request: Request) -> list[str]:

@@ -1,0 +1,355 @@
+"""Training runs on the budget ledger: which ledger, data set and entry, and what the statement says."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dptaft.data import ImageData, Split
+from dptaft.learner import Progress
+from dptaft.training.account import Account, NoAccount, Spending
+from dptaft.training.checkpoint import write_atomically
+from dptaft.training.plan import Request
+from dptaft.training.trainer import partial_folder
+from dptaft_accounting import Mechanism
+from dptaft_accounting.errors import CertificateError
+from dptaft_accounting.ledger import Budget, Cost, Entry, Ledger, LedgerError
+from dptaft_accounting.ledger_filter import Load, float_down, float_up
+from dptaft_accounting.ledger_owner import is_gone
+from dptaft_accounting.ledger_rules import Account as Standing
+
+LEDGER_NAME = "ledger.sqlite"
+UNIT = "one training record"
+_POINTER = "ledger.json"
+_NO_BUDGET = (
+    "no budget was declared for this data set: the total covers runs whose settings did not depend on each "
+    "other's results"
+)
+
+
+def default_ledger(output: Path) -> Path:
+    """The project's ledger: beside the run folders.
+
+    >>> print(default_ledger(Path("runs/first")))
+    runs/ledger.sqlite
+    """
+    return output.parent / LEDGER_NAME
+
+
+def open_account(
+    data: ImageData,
+    request: Request,
+    output: Path,
+    *,
+    ledger: str | Path | None = "auto",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Account:
+    """Where a run is charged.
+
+    Args:
+        data: its records.
+        request: what is asked; a run without a privacy claim charges nothing.
+        output: folder of the run.
+        ledger: ``auto`` for the project's ledger, a path, or None for none.
+        resume: continue the entry of the interrupted run.
+        progress: called with (stage, done, total).
+
+    Raises:
+        LedgerError: the interrupted run is charged to a ledger and none is given.
+    """
+    if not request.privacy.is_private:
+        return NoAccount("a run without a privacy claim is not charged")
+    if ledger is None:
+        if resume and (partial_folder(output) / _POINTER).exists():
+            raise LedgerError("the interrupted run is charged to a ledger; leave --no-ledger out")
+        return NoAccount("declined by the user")
+    path = default_ledger(output) if str(ledger) == "auto" else Path(ledger)
+    return LedgerAccount(path, data, output, resume=resume, progress=progress)
+
+
+def open_ledger(path: Path) -> Ledger:
+    """The ledger at `path`, made where there is none; safe with many processes at once.
+
+    Raises:
+        LedgerError: it cannot be used or made.
+    """
+    if not path.exists():
+        try:
+            return Ledger.create(path)
+        except LedgerError:
+            if not path.exists():
+                raise
+    return Ledger(path)
+
+
+def content_digest(split: Split, progress: Progress | None = None) -> str:
+    """SHA-256 over labels and pixels of all records, in whatever order and from whatever files.
+
+    Identifies private data: only its keyed fingerprint is ever stored.
+    """
+    labels, records = split.labels.tolist(), []
+    for i, label in enumerate(labels):
+        pixels = split.pixels[i].contiguous()
+        record = hashlib.sha256(f"{label} {pixels.dtype} {tuple(pixels.shape)}\n".encode())
+        record.update(pixels.numpy().tobytes())
+        records.append(record.digest())
+        if progress is not None:
+            progress("identifying the data", i + 1, len(labels))
+    return hashlib.sha256(b"".join(sorted(records))).hexdigest()
+
+
+class LedgerAccount:
+    """Charges one run to a ledger (see `dptaft.training.account.Account`).
+
+    Args:
+        path: of the ledger; made where there is none.
+        data: records of the run; the first use of a content registers it under the name of the data.
+        output: folder of the run; its partial folder remembers the entry.
+        resume: continue the entry of the interrupted run.
+        progress: called with (stage, done, total).
+
+    Formal guarantees:
+        The entry in the ledger covers, at every moment, all step ranges that the checkpoint lists and whose
+        steps began: both are written before the steps, each with all steps so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        data: ImageData,
+        output: Path,
+        *,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._path, self._data, self._output = path, data, output
+        self._resume, self._progress = resume, progress
+        self._ledger: Ledger | None = None
+        self._entry: Entry | None = None
+        self._content = ""
+        self._done = False
+
+    def reserve(self, plan: Spending) -> None:
+        """Claim the whole plan, or what an interrupted run still needs.
+
+        Raises:
+            BudgetExceededError: it does not fit.
+            LedgerError: the ledger cannot be used, or does not know the interrupted run.
+        """
+        mechanism, partial = _mechanism(plan), partial_folder(self._output)
+        pointer = _read_pointer(partial) if self._resume else None
+        if self._resume:
+            _require_idle(partial)
+        self._ledger = ledger = open_ledger(self._path)
+        self._content = content_digest(self._data.train, self._progress)
+        cost = Cost.of(mechanism, plan.certificate, delta=plan.delta)
+        if pointer is not None:
+            _require_same_ledger(pointer, ledger)
+            self._entry = ledger.resume(pointer["entry"], self._content, cost, mechanism)
+            return
+        name = ledger.register(self._content, self._data.name)
+        _release_abandoned(ledger, name)
+        self._entry = ledger.reserve(
+            self._content, cost, mechanism, plan.certificate, run=self._output.name, unit=UNIT
+        )
+
+    def authorise(self, spent: Spending) -> None:
+        """Charge all steps so far and the ones that are about to run; returns when that is durable.
+
+        A certificate bounds what the last iterate discloses. Where it says more of a part of the run than of
+        the whole (or nothing), the whole reservation is charged: no part of an unfinished run is released.
+
+        Raises:
+            LedgerError: the entry was closed or taken over, or the budget does not permit the steps.
+        """
+        ledger, entry = self._held()
+        mechanism = _mechanism(spent)
+        try:
+            cost = Cost.of(mechanism, spent.certificate, delta=spent.delta)
+        except CertificateError:
+            cost = entry.reserved
+        if not cost.within(entry.reserved):
+            if spent.certificate is None:
+                entry = self._extend(cost, mechanism)
+            else:
+                cost = entry.reserved
+        _write_pointer(partial_folder(self._output), ledger, entry)
+        ledger.authorise(entry.id, entry.token, cost)
+
+    def commit(self, spent: Spending) -> Mapping[str, Any]:
+        """Charge what was executed for good; returns the fields of the statement's composition group.
+
+        Raises:
+            LedgerError: as for `authorise`.
+        """
+        ledger, entry = self._held()
+        mechanism = _mechanism(spent)
+        cost = Cost.of(mechanism, spent.certificate, delta=spent.delta)
+        if not cost.within(entry.reserved):
+            entry = self._extend(cost, mechanism)
+        self._entry = ledger.commit(entry.id, entry.token, cost, mechanism, spent.certificate)
+        self._done = True
+        return composition_fields(ledger, self._entry, spent.delta)
+
+    def close(self) -> None:
+        """End; without a commit, what was authorised stays charged and the rest is given back."""
+        if self._done or self._ledger is None or self._entry is None:
+            return
+        self._done = True
+        # a ledger that fails now keeps the whole reservation, which `dptaft ledger close` ends
+        with contextlib.suppress(LedgerError):
+            self._ledger.close(self._entry.id, self._entry.token)
+
+    def _held(self) -> tuple[Ledger, Entry]:
+        if self._ledger is None or self._entry is None:
+            raise LedgerError("nothing was reserved; reserve the plan first")
+        return self._ledger, self._entry
+
+    def _extend(self, cost: Cost, mechanism: Mechanism) -> Entry:
+        ledger, entry = self._held()
+        self._entry = ledger.resume(entry.id, self._content, cost, mechanism)
+        return self._entry
+
+
+def composition_fields(ledger: Ledger, entry: Entry, delta: float) -> dict[str, Any]:
+    """What a statement says about the ledger: entry, head, budget, before, this run, total, remaining.
+
+    Amounts are rounded up, what remains is rounded down. `total` holds for the neighbours that the budget
+    names (zero-out without a budget).
+    """
+    before, after = ledger.account(entry.dataset, without=entry.id), ledger.account(entry.dataset)
+    budget = after.budget
+    fields: dict[str, Any] = {
+        "ledger": ledger.id,
+        "ledger_entry": entry.id,
+        "ledger_entry_hash": entry.hash,
+        "ledger_head": entry.hash,
+        "data_set": entry.dataset,
+        "filter": "none" if budget is None else budget.filter,
+        "runs_before": len(before.entries),
+        "spent_before": _reading(before.spent, budget, delta),
+        "this_run": _cost(entry.authorised),
+        "total": {
+            **_reading(after.spent, budget, delta),
+            "adjacency": "zero-out" if budget is None else budget.adjacency,
+            "unit": entry.unit,
+        },
+    }
+    if after.claimed != after.spent:
+        fields["total_with_unfinished_runs"] = _reading(after.claimed, budget, delta)
+    if budget is None:
+        return fields | ({"budget_note": _NO_BUDGET} if before.entries else {})
+    fields["budget"] = _budget(budget)
+    fields["remaining"] = _remaining(after, budget, delta)
+    if after.declared > 1:
+        fields["budget_note"] = f"the budget was declared {after.declared} times, the last one holds"
+    return fields
+
+
+def _reading(load: Load, budget: Budget | None, delta: float) -> dict[str, Any]:
+    """A sum of costs in the terms of its filter."""
+    if budget is not None and budget.filter == "sum":
+        return {"epsilon": float_up(load.epsilon), "delta": float_up(load.delta)}
+    at = delta if budget is None else float_down(budget.delta)
+    epsilon = load.epsilon_at(at) if budget is None else budget.epsilon_of(load)
+    if load == Load():
+        epsilon = 0.0
+    return {
+        "mu": _finite(float_up(load.mu)),
+        "residual_delta": float_up(load.residual_delta),
+        "epsilon": _finite(epsilon),
+        "delta": at,
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    mu, residual, epsilon, delta = map(float_up, cost.amounts())
+    return {"mu": _finite(mu), "residual_delta": residual, "epsilon": epsilon, "delta": delta}
+
+
+def _budget(budget: Budget) -> dict[str, Any]:
+    amounts = {"epsilon": float_down(budget.epsilon), "delta": float_down(budget.delta)}
+    if budget.filter == "gdp":
+        amounts |= {"mu": float_down(budget.mu), "residual_delta": float_down(budget.residual_delta)}
+    return {**amounts, "adjacency": budget.adjacency, "unit": budget.unit}
+
+
+def _remaining(standing: Standing, budget: Budget, delta: float) -> dict[str, Any]:
+    left: dict[str, Any] = {"epsilon": standing.remaining_epsilon(delta), "delta": delta}
+    if budget.filter == "gdp":
+        taken = standing.taken_by is not None
+        left["mu"] = 0.0 if taken else float_down(budget.remaining_mu(standing.claimed))
+    return left
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _mechanism(spending: Spending) -> Mechanism:
+    if spending.mechanism is None:
+        raise LedgerError("a run without noise cannot be charged to a budget; give a finite epsilon")
+    return spending.mechanism
+
+
+def _release_abandoned(ledger: Ledger, dataset: str) -> None:
+    """End entries whose process is certainly gone and that never authorised a step: they spent nothing."""
+    for entry in ledger.account(dataset).entries:
+        idle = entry.state == "open" and entry.authorised == Cost.zero()
+        if idle and is_gone(entry.owner):
+            with contextlib.suppress(LedgerError):  # another process was quicker
+                ledger.close(entry.id)
+
+
+def _write_pointer(partial: Path, ledger: Ledger, entry: Entry) -> None:
+    """Remember durably which entry an interrupted run must continue, before its first step is authorised."""
+    content = {"ledger": ledger.id, "path": str(ledger.path.absolute()), "entry": entry.id}
+    text = json.dumps(content).encode()
+    path = partial / _POINTER
+    if path.exists() and path.read_bytes() == text:
+        return
+    partial.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(path, text)
+
+
+def _read_pointer(partial: Path) -> dict[str, str] | None:
+    path = partial / _POINTER
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return {name: str(content[name]) for name in ("ledger", "path", "entry")}
+    except (ValueError, KeyError, TypeError):
+        raise LedgerError(
+            f"{path} is damaged, so the run's ledger entry is unknown; start a new run"
+        ) from None
+
+
+def _require_same_ledger(pointer: Mapping[str, str], ledger: Ledger) -> None:
+    if pointer["ledger"] != ledger.id:
+        raise LedgerError(
+            f"the interrupted run is charged to another ledger than {ledger.path}; "
+            f"give --ledger {pointer['path']}"
+        )
+
+
+def _require_idle(partial: Path) -> None:
+    """Refuse to take the entry of a run that still trains: its checkpoint folder is locked."""
+    try:
+        descriptor = os.open(partial / "lock", os.O_RDWR)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise LedgerError(f"another process is training in {partial}; wait for it") from None
+    finally:
+        os.close(descriptor)
