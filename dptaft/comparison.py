@@ -35,7 +35,7 @@ class Total:
     """What several runs on one data set cost together.
 
     Attributes:
-        dataset: fingerprint of the data set, or `assumed the same`.
+        dataset: name of the data set in its ledger, or `assumed the same`.
         runs: how many.
         epsilon: of all of them together; None where no total can be claimed.
         delta: at which it holds.
@@ -71,13 +71,14 @@ UNKNOWN = "assumed the same"
 def compare(runs: Sequence[Run]) -> Comparison:
     """Put runs side by side.
 
-    Data sets are told apart by the fingerprints of the ledger; a run without one is assumed to have used the
-    same data as all others.
+    Data sets are told apart by the ledger, which knows their contents. Where a run was not charged to one, or
+    the runs were charged to different ones, all are assumed to have used the same data.
     """
     lines = tuple(_line(run) for run in runs)
-    known = {line.dataset for line in lines if line.dataset != UNKNOWN}
+    known = {line.dataset for line in lines}
+    ledgers = {run.statement.composition.get("ledger") for run in runs if run.statement is not None}
     groups = [(UNKNOWN, list(runs))]
-    if known and all(line.dataset != UNKNOWN for line in lines):
+    if UNKNOWN not in known and len(ledgers) == 1:
         groups = [
             (name, [run for run, line in zip(runs, lines, strict=True) if line.dataset == name])
             for name in sorted(known)
@@ -95,14 +96,16 @@ def _line(run: Run) -> Line:
         adjacency=claim.get("adjacency"),
         bound=None if statement is None else statement.accounting["bound"],
         accuracy=run.accuracy,
-        dataset=UNKNOWN if statement is None else _fingerprint(statement),
+        dataset=UNKNOWN if statement is None else _dataset(statement),
         no_claim=run.no_claim,
     )
 
 
-def _fingerprint(statement: PrivacyStatement) -> str:
-    found = statement.composition.get("dataset_fingerprint")
-    return found if isinstance(found, str) and found else UNKNOWN
+def _dataset(statement: PrivacyStatement) -> str:
+    """Name of the data set in its ledger, which knows a data set by the keyed fingerprint of its content."""
+    ledger, name = statement.composition.get("ledger"), statement.composition.get("data_set")
+    charged = statement.composition.get("ledger_entry") is not None
+    return f"{name} of ledger {ledger}" if charged and name and ledger else UNKNOWN
 
 
 def _total(name: str, runs: Sequence[Run]) -> Total:

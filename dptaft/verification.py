@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dptaft.ledger_check import LEDGER_NAME, ledger_problems
 from dptaft.revision import source_revision
 from dptaft.runs import CONFIG, HASHED, METRICS, STATEMENT, RunError, file_problems, read_config, read_privacy
 from dptaft_accounting import PrivacyStatement
@@ -108,9 +109,10 @@ def verify(
     Args:
         path: folder of a run, or a statement file.
         policy: what is accepted beyond consistency.
-        ledger: budget ledger to look the run up in; without it the run's own note of it is reported.
+        ledger: budget ledger to look the run up in; None takes the one beside the run folder, if any.
 
     Raises:
+        LedgerError: `ledger` is missing or is no ledger.
         RunError: the input cannot be read: not a run, truncated, foreign, of a newer version, a file missing.
     """
     place = Path(path)
@@ -133,7 +135,7 @@ def verify(
     checks += _certificate(statement)
     if whole:
         checks += _agreement(place, statement)
-    checks += _ledger(statement, ledger)
+    checks += _ledger(place, statement, ledger)
     checks += _versions(statement)
     if policy is not None:
         found = tuple(violation.message for violation in policy.violations(statement))
@@ -247,12 +249,20 @@ def _agreement(folder: Path, statement: PrivacyStatement) -> Iterator[Check]:
     yield _result("agreement", problems, f"{CONFIG}, {METRICS} and the statement say the same")
 
 
-def _ledger(statement: PrivacyStatement, path: str | os.PathLike[str] | None) -> Iterator[Check]:
+def _ledger(place: Path, statement: PrivacyStatement, path: str | os.PathLike[str] | None) -> Iterator[Check]:
+    """Looks the run up in the ledger that was named, or in the one beside the run folder."""
     composition = statement.composition
-    if path is None:
-        entry = composition.get("ledger_entry")
-        words = f"entry {entry} not looked up; give --ledger" if entry else composition.get("ledger", "none")
-        yield Check("ledger", NOTE, str(words))
+    entry, beside = composition.get("ledger_entry"), place.resolve().parent / LEDGER_NAME
+    if path is None and entry is None:
+        yield Check("ledger", NOTE, str(composition.get("ledger", "none: the statement names no entry")))
+        return
+    if path is None and not beside.is_file():
+        yield Check("ledger", NOTE, f"entry {entry} was not looked up; give --ledger")
+        return
+    problems = ledger_problems(statement, beside if path is None else path)
+    yield _result(
+        "ledger", problems, f"entry {entry} is charged at least what the run cost; the chain is whole"
+    )
 
 
 def _versions(statement: PrivacyStatement) -> Iterator[Check]:

@@ -52,7 +52,7 @@ def _sum(total: Total) -> str:
 
     which = f"all {total.runs} runs" if total.runs > 1 else "the run"
     same = total.dataset == _unknown()
-    data = "the data are assumed to be the same" if same else f"data {plain(total.dataset)[:16]}"
+    data = "the data are assumed to be the same" if same else f"data set {plain(total.dataset)}"
     if total.epsilon is None:
         return f"total for {which} ({data}): {plain(total.method)}"
     added = f"; plain addition: {up(total.plain_epsilon, 6)} at delta {up(total.plain_delta, 3)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dptaft.report.curves import Curves, curves
-from dptaft.report.text import percent_up, up
+from dptaft.report.text import down, percent_up, up
 from dptaft.runs import Run
 from dptaft_accounting import PrivacyStatement
 
@@ -242,7 +242,7 @@ def _risks(statement: PrivacyStatement) -> tuple[Risk, ...]:
         ),
         Risk(
             "smallest error",
-            f"{_down(100 * error)}\u00a0%",
+            f"{down(100 * error, 3)}\u00a0%",
             "At even odds beforehand, every guess about one record is wrong in at least this share of cases.",
             error,
         ),
@@ -254,16 +254,11 @@ def _one_in(rate: float) -> str:
     return f"1 in {round(1 / rate):,}"
 
 
-def _down(value: float) -> str:
-    """Three digits, rounded down: a bound from below."""
-    return f"{int(value * 10) / 10:.1f}"
-
-
 def _accuracy(value: float | None, private: bool) -> tuple[tuple[str, str], ...]:
     if value is None:
         return (("accuracy", "not measured"),)
     how = "measured privately" if private else "published as it is: the held-out images are not protected"
-    return (("accuracy", f"{value:.2%} on held-out images; {how}"),)
+    return (("accuracy", f"{value:.2%}".replace("%", "\u00a0%") + f" on held-out images; {how}"),)
 
 
 def _mechanism(group: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -326,19 +321,43 @@ _BUDGET = {
     "spent_before": "spent before this run",
     "this_run": "this run",
     "total": "spent after this run",
+    "total_with_unfinished_runs": "with unfinished runs",
     "remaining": "remaining",
+    "budget_note": "note",
+    "runs_before": "runs before this one",
+    "data_set": "data set",
+    "filter": "rule of addition",
+    "hyperparameter_choice": "hyperparameters",
+    "hyperparameter_cost": "cost of choosing them",
     "ledger": "ledger",
     "ledger_entry": "ledger entry",
     "ledger_head": "head of the ledger",
-    "hyperparameter_choice": "hyperparameters",
-    "hyperparameter_cost": "cost of choosing them",
 }
+_LEFT = ("budget", "remaining")  # what may still be spent is rounded down
+_INTERNAL = ("ledger_entry_hash",)
 
 
 def _budget(group: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    known = [(label, _words(group[name])) for name, label in _BUDGET.items() if name in group]
-    others = [(name.replace("_", " "), _words(value)) for name, value in group.items() if name not in _BUDGET]
+    known = [(label, _amount(group[name], name in _LEFT)) for name, label in _BUDGET.items() if name in group]
+    others = [
+        (name.replace("_", " "), _words(value))
+        for name, value in group.items()
+        if name not in _BUDGET and name not in _INTERNAL
+    ]
     return tuple(known + others)
+
+
+def _amount(value: Any, left: bool) -> str:
+    """A privacy amount as epsilon at delta with mu; other values as they are."""
+    if not isinstance(value, Mapping) or "epsilon" not in value:
+        return _words(value)
+    rounded = down if left else up
+    text = f"epsilon {rounded(value['epsilon'], 4)}"
+    if isinstance(value.get("delta"), (int, float)):
+        text += f" at delta {rounded(value['delta'], 3)}"
+    if isinstance(value.get("mu"), (int, float)):
+        text += f", mu {rounded(value['mu'], 4)}"
+    return text
 
 
 def _pairs(group: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from decimal import ROUND_CEILING, Context, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~&!$^])")
@@ -55,6 +55,18 @@ def up(value: float | None, digits: int = 4) -> str:
     if value is None:
         return "infinite"
     rounded = Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(repr(float(value))))
+    return f"{float(rounded):.{digits}g}"
+
+
+def down(value: float | None, digits: int = 4) -> str:
+    """What is left of a budget, or a smallest error, rounded down.
+
+    >>> down(0.35959), down(0.0)
+    ('0.3595', '0')
+    """
+    if value is None:
+        return "infinite"
+    rounded = Context(prec=digits, rounding=ROUND_FLOOR).create_decimal(Decimal(repr(float(value))))
     return f"{float(rounded):.{digits}g}"
 
 
