@@ -56,6 +56,7 @@ class Run:
         statement: the privacy statement; None where the run claims nothing.
         no_claim: why nothing is claimed; None where there is a claim.
         id: name of the content of ``privacy.json``, and through its hashes of the whole run.
+        files: SHA-256 of every other file.
         metrics: the lines of ``metrics.jsonl``.
     """
 
@@ -64,6 +65,7 @@ class Run:
     statement: PrivacyStatement | None
     no_claim: str | None
     id: str
+    files: Mapping[str, str]
     metrics: tuple[Mapping[str, Any], ...]
 
     @property
@@ -103,7 +105,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         raise RunError(f"{problems[0]}; restore the run")
     lines = _read(folder / METRICS).splitlines()
     metrics = tuple(_parse(line, folder / METRICS) for line in lines if line)
-    return Run(folder, config, privacy.statement, privacy.no_claim, privacy.id, metrics)
+    return Run(folder, config, privacy.statement, privacy.no_claim, privacy.id, privacy.files, metrics)
 
 
 @dataclass(frozen=True)
