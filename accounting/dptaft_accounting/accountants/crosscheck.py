@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 
 from dptaft_accounting import _checks as check
@@ -66,6 +67,7 @@ def cross_checks(mechanism: Mechanism, delta: float, epsilon: float) -> tuple[Cr
     return tuple(results)
 
 
+@lru_cache(maxsize=256)
 def _guard(
     name: str, peer: Callable[[Mechanism, float], tuple[float, float]], mechanism: Mechanism, delta: float
 ) -> CrossCheck:
