@@ -33,13 +33,14 @@ class Shard:
         name: its name.
         folder: name of its run's folder below the parent.
         records: public number of its records.
-        data: name of the data it comes from.
+        source: arguments of `dptaft.load_data` for the data that it is a part of; only ``name`` where that
+            was given as images.
     """
 
     name: str
     folder: str
     records: int
-    data: str
+    source: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

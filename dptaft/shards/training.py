@@ -1,0 +1,325 @@
+"""Training of disjoint shards of one data set: one run each, over features that are computed once.
+
+Which shard a record is in depends on its position and on random numbers, or on a column of its own row, never
+on other records or their pixels. Neighbouring data sets (zero-out) therefore differ within one shard, and the
+shards compose in parallel. Public are the names of the shards and the number of records of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dptaft.budgeting import content_digest
+from dptaft.data import ImageData
+from dptaft.learner import Cached, Learner, Progress
+from dptaft.runs import Run, check_output
+from dptaft.shards.assignment import Assignment, assign, folder_name, named_assignment
+from dptaft.shards.collection import Collection, Shard, ShardError, load_collection
+from dptaft.shards.records import Record, Records, load_records, write_trail
+from dptaft.shards.requests import Source, described, make_request, stored_request, with_delta
+from dptaft.training.account import Account, NoAccount
+from dptaft.training.plan import Request
+from dptaft.training.preparation import build_learner, prepare
+from dptaft.training.trainer import check_folders, partial_folder, train_prepared
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def train_shards(
+    data: str | ImageData = "digits",
+    shards: int | str | Sequence[str] = 10,
+    *,
+    epsilon: float,
+    output: str | Path,
+    public_seed: int | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    public_data: bool = False,
+    skip_corrupt: bool = False,
+    ledger: str | Path | None = "auto",
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Collection:
+    """Train one run per shard, below one parent folder.
+
+    Args:
+        data: as for `dptaft.train`.
+        shards: a number of random shards, the name of a column of the data (site, owner), or one name per
+            record.
+        epsilon: of every shard; since shards are disjoint, also of all of them together.
+        output: the parent folder, which must not exist.
+        public_seed: draw random shards from this public number; None draws them secretly.
+        optimizer: as for `dptaft.train`.
+        classes: declared class names.
+        public_data: as for `dptaft.train`.
+        skip_corrupt: as for `dptaft.train`.
+        ledger: budget ledger that is charged: ``auto`` for ``ledger.sqlite`` beside the parent folder, a
+            path, or None for none.
+        resume: continue an interrupted call with the same arguments; finished shards are kept.
+        progress: called with (stage, done, total).
+        options: further arguments of `dptaft.train`; the delta of all shards defaults to that of the whole
+            data.
+
+    Raises:
+        ValueError: a request that cannot be met; one line that names the value and the remedy.
+        TrainingInterruptedError: a signal asked for a stop.
+
+    Formal guarantees:
+        Every shard's run is (epsilon, delta)-differentially private for the records of that shard, and all
+        runs together for every record of the data, under zero-out adjacency: one record's pixels and label,
+        its place and shard staying what they are. Names and sizes of shards are public.
+    """
+    source = Source.of(data, classes, public_data, skip_corrupt)
+    images = source.images
+    request = make_request(source.name, epsilon, optimizer, options)
+    images.check_adjacency(request.privacy.adjacency)
+    request = with_delta(request, len(images.train))
+    parent = Path(output)
+    if resume:
+        collection, records = _continued(parent, images, request)
+    else:
+        check_output(parent)
+        assignment = assign(images, shards, public_seed)
+        collection, records = _begin(parent, source, request, assignment)
+    _train_missing(collection, images, request, records, ledger, progress)
+    return collection
+
+
+def add_shard(
+    parent: str | Path,
+    data: str | ImageData,
+    *,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    public_data: bool = False,
+    skip_corrupt: bool = False,
+    ledger: str | Path | None = "auto",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Collection:
+    """Train one more shard from new data, with the options of the shards that are there.
+
+    Args:
+        parent: folder of the shards.
+        data: records, none of which is in another shard. Their classes begin with those of the shards; new
+            classes come after them.
+        name: of the shard; None takes the next number.
+        classes: declared class names.
+        public_data: as for `dptaft.train`.
+        skip_corrupt: as for `dptaft.train`.
+        ledger: as for `train_shards`.
+        resume: continue where an interrupted call stopped.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ValueError: a name in use, other classes, or a record that another shard holds.
+        TrainingInterruptedError: a signal asked for a stop.
+    """
+    folder = Path(parent)
+    collection, records = load_collection(folder), load_records(folder)
+    source = Source.of(data, classes, public_data, skip_corrupt)
+    images = source.images
+    own = _next_name(collection) if name is None and not resume else name
+    request = stored_request(collection, source.name)
+    if resume:
+        missing = [shard for shard in collection.shards if not (folder / shard.folder).exists()]
+        if not missing:
+            raise ShardError(f"no shard of {folder} is unfinished; leave --resume out")
+        _check_numbers(records, missing[0].name, records.digests(images.train))
+    else:
+        collection = _grown(collection, records, source, str(own))
+    _train_missing(collection, images, request, records, ledger, progress)
+    return collection
+
+
+def _next_name(collection: Collection) -> str:
+    numbers = [int(shard.name) for shard in collection.shards if shard.name.isdecimal()]
+    return str(max(numbers, default=0) + 1)
+
+
+def _grown(collection: Collection, records: Records, source: Source, name: str) -> Collection:
+    """The collection with one more shard, written to disk."""
+    data, parent = source.images, collection.path
+    known = named_assignment([*(shard.name for shard in collection.shards), name], "").shards
+    if len(known) == len(collection.shards):
+        raise ShardError(f"{parent} has a shard {name!r} already; choose another name")
+    few, many = sorted((collection.classes, data.classes), key=len)
+    if many[: len(few)] != few:
+        raise ShardError(
+            f"the classes {', '.join(data.classes)} do not continue {', '.join(collection.classes)}; "
+            "declare the old "
+            "classes first, then the new ones"
+        )
+    digests = records.digests(data.train)
+    records.check_apart(name, digests)
+    records.shards[name] = [Record(i, digest) for i, digest in enumerate(digests)]
+    records.contents[name] = content_digest(data.train)
+    shard = Shard(name, folder_name(name), len(digests), source.arguments)
+    grown = dataclasses.replace(collection, shards=(*collection.shards, shard), classes=many)
+    records.save(parent)
+    grown.save()
+    return grown
+
+
+def _begin(
+    parent: Path, source: Source, request: Request, assignment: Assignment
+) -> tuple[Collection, Records]:
+    """Write the public list of shards and the private list of records, before anything is trained."""
+    records, data = Records(), source.images
+    digests, content = records.digests(data.train), content_digest(data.train)
+    for name in assignment.shards:
+        numbers = [i for i, own in enumerate(assignment.names) if own == name]
+        if assignment.by_column:
+            records.check_apart(name, [digests[i] for i in numbers])
+        records.shards[name] = [Record(i, digests[i]) for i in numbers]
+        records.contents[name] = content
+    shards = tuple(
+        Shard(name, folder_name(name), len(records.shards[name]), source.arguments)
+        for name in assignment.shards
+    )
+    collection = Collection(
+        parent, secrets.token_hex(8), assignment.rule, shards, described(request), data.classes
+    )
+    parent.mkdir(parents=True)
+    records.save(parent)
+    collection.save()
+    return collection, records
+
+
+def _continued(parent: Path, data: ImageData, request: Request) -> tuple[Collection, Records]:
+    collection, records = load_collection(parent), load_records(parent)
+    if described(request) != dict(collection.request):
+        raise ShardError(f"{parent} was begun with other options; continue it with the same ones")
+    digests = records.digests(data.train)
+    for shard in collection.shards:
+        _check_numbers(records, shard.name, digests)
+    return collection, records
+
+
+def _check_numbers(records: Records, name: str, digests: Sequence[str]) -> None:
+    for record in records.shards[name]:
+        if record.number >= len(digests) or digests[record.number] != record.digest:
+            raise ShardError(f"the data is not what shard {name} was made from; restore it")
+
+
+def _train_missing(
+    collection: Collection,
+    data: ImageData,
+    request: Request,
+    records: Records,
+    ledger: str | Path | None,
+    progress: Progress | None,
+) -> None:
+    """Train every shard without a run, one after the other, over features that are read once."""
+    trainer = ShardTrainer(collection, data, request, records, ledger, progress)
+    for shard in collection.shards:
+        if not (collection.path / shard.folder).exists():
+            trainer.train(shard)
+    data.warn_unreadable()
+
+
+class ShardTrainer:
+    """Trains shards of one data set with one model; images are read once, when the first plan is reserved.
+
+    Args:
+        collection: the parent folder.
+        data: the whole data.
+        request: of every shard.
+        records: which record is in which shard.
+        ledger: path of the budget ledger; None charges none.
+        progress: called with (stage, done, total).
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        data: ImageData,
+        request: Request,
+        records: Records,
+        ledger: str | Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.collection, self.data, self.request = collection, data, request
+        self._records, self._ledger, self._progress = records, ledger, progress
+        self._learner: Learner | None = None
+        self._start: dict[str, Tensor] = {}
+        self._features: tuple[Cached, Cached | None] | None = None
+
+    def train(self, shard: Shard, numbers: Sequence[int] | None = None) -> Run:
+        """Train one shard, or go on with it where it was interrupted.
+
+        Args:
+            shard: which.
+            numbers: of its records in the data; None takes those that it was made from.
+        """
+        output = self.collection.path / shard.folder
+        resume = partial_folder(output).is_dir()
+        partial = check_folders(output, resume)
+        own = [record.number for record in self._records.shards[shard.name]] if numbers is None else numbers
+        part = dataclasses.replace(self.data, train=self.data.train.take(own))
+        learner = self._untrained()
+        prepared = prepare(part, self.request, learner)
+
+        def features() -> tuple[Cached, Cached | None]:
+            whole, held_out = self._read(learner)
+            chosen = whole.features.index(torch.as_tensor(own, device=learner.device))
+            return Cached(chosen, f"{whole.digest} {list(own)}"), held_out
+
+        run = train_prepared(
+            prepared,
+            part,
+            self.request,
+            output,
+            partial,
+            features,
+            account=self._account(shard, output, resume),
+            progress=self._staged(shard),
+            sections={"shard": self._section(shard, len(own))},
+        )
+        write_trail(self.collection.path, "train", shard=shard.name, run=run.id, records=len(own))
+        return run
+
+    def _untrained(self) -> Learner:
+        """The shared model, with its weights back where training starts."""
+        if self._learner is None:
+            self._learner = build_learner(self.data, self.request)
+            self._start = {k: p.detach().clone() for k, p in self._learner.parameters.items()}
+        with torch.no_grad():
+            for name, parameter in self._learner.parameters.items():
+                parameter.copy_(self._start[name])
+        return self._learner
+
+    def _read(self, learner: Learner) -> tuple[Cached, Cached | None]:
+        if self._features is None:
+            cached = learner.features(self.data.train, self._progress, "reading images")
+            held_out = None
+            if self.data.evaluation is not None:
+                held_out = learner.features(self.data.evaluation, self._progress, "reading evaluation")
+            self._features = cached, held_out
+        return self._features
+
+    def _staged(self, shard: Shard) -> Progress | None:
+        report = self._progress
+        if report is None:
+            return None
+        return lambda stage, done, total: report(f"shard {shard.name}: {stage}", done, total)
+
+    def _section(self, shard: Shard, records: int) -> dict[str, Any]:
+        return {
+            "partition": self.collection.partition,
+            "name": shard.name,
+            "assignment": self.collection.assignment,
+            "records": records,
+        }
+
+    def _account(self, shard: Shard, output: Path, resume: bool) -> Account:
+        """Where a shard is charged: as one part of the partition, of the data set that it was made from."""
+        return NoAccount("no ledger was used")
