@@ -21,7 +21,7 @@ from dptaft.training.trainer import partial_folder
 from dptaft_accounting import Mechanism
 from dptaft_accounting.errors import CertificateError
 from dptaft_accounting.ledger import Budget, Cost, Entry, Ledger, LedgerError
-from dptaft_accounting.ledger_filter import Load, float_down, float_up
+from dptaft_accounting.ledger_filter import Load, Part, float_down, float_up
 from dptaft_accounting.ledger_owner import is_gone
 from dptaft_accounting.ledger_rules import Account as Standing
 
@@ -49,6 +49,8 @@ def open_account(
     output: Path,
     *,
     ledger: str | Path | None = "auto",
+    part: Part | None = None,
+    content: str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Account:
@@ -59,6 +61,8 @@ def open_account(
         request: what is asked; a run without a privacy claim charges nothing.
         output: folder of the run.
         ledger: ``auto`` for the project's ledger, a path, or None for none.
+        part: (partition, part) where the run reads one part of a partition of the data.
+        content: digest of the whole data; None computes it from `data`.
         resume: continue the entry of the interrupted run.
         progress: called with (stage, done, total).
 
@@ -72,7 +76,7 @@ def open_account(
             raise LedgerError("the interrupted run is charged to a ledger; leave --no-ledger out")
         return NoAccount("declined by the user")
     path = default_ledger(output) if str(ledger) == "auto" else Path(ledger)
-    return LedgerAccount(path, data, output, resume=resume, progress=progress)
+    return LedgerAccount(path, data, output, part=part, content=content, resume=resume, progress=progress)
 
 
 def open_ledger(path: Path) -> Ledger:
@@ -113,6 +117,8 @@ class LedgerAccount:
         path: of the ledger; made where there is none.
         data: records of the run; the first use of a content registers it under the name of the data.
         output: folder of the run; its partial folder remembers the entry.
+        part: (partition, part) where the run reads one part of a partition; parts are charged in parallel.
+        content: digest of the whole data; None computes it from `data`.
         resume: continue the entry of the interrupted run.
         progress: called with (stage, done, total).
 
@@ -127,14 +133,16 @@ class LedgerAccount:
         data: ImageData,
         output: Path,
         *,
+        part: Part | None = None,
+        content: str | None = None,
         resume: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._path, self._data, self._output = path, data, output
+        self._part, self._content = part, content or ""
         self._resume, self._progress = resume, progress
         self._ledger: Ledger | None = None
         self._entry: Entry | None = None
-        self._content = ""
         self._done = False
 
     def reserve(self, plan: Spending) -> None:
@@ -149,7 +157,8 @@ class LedgerAccount:
         if self._resume:
             _require_idle(partial)
         self._ledger = ledger = open_ledger(self._path)
-        self._content = content_digest(self._data.train, self._progress)
+        if not self._content:
+            self._content = content_digest(self._data.train, self._progress)
         cost = Cost.of(mechanism, plan.certificate, delta=plan.delta)
         if pointer is not None:
             _require_same_ledger(pointer, ledger)
@@ -158,7 +167,13 @@ class LedgerAccount:
         name = ledger.register(self._content, self._data.name)
         _release_abandoned(ledger, name)
         self._entry = ledger.reserve(
-            self._content, cost, mechanism, plan.certificate, run=self._output.name, unit=UNIT
+            self._content,
+            cost,
+            mechanism,
+            plan.certificate,
+            run=self._output.name,
+            unit=UNIT,
+            part=self._part,
         )
 
     def authorise(self, spent: Spending) -> None:
@@ -252,6 +267,21 @@ def composition_fields(ledger: Ledger, entry: Entry, delta: float) -> dict[str, 
     if after.declared > 1:
         fields["budget_note"] = f"the budget was declared {after.declared} times, the last one holds"
     return fields
+
+
+def standing_fields(standing: Standing) -> dict[str, Any]:
+    """The standing of a data set as plain numbers; epsilons at the budget's delta (1e-5 without one)."""
+    budget = standing.budget
+    delta = 1e-5 if budget is None else float_down(budget.delta)
+    fields: dict[str, Any] = {
+        "filter": "none" if budget is None else budget.filter,
+        "budget": None if budget is None else _budget(budget),
+        "declared": standing.declared,
+        "spent": _reading(standing.spent, budget, delta),
+        "claimed": _reading(standing.claimed, budget, delta),
+        "taken_by": standing.taken_by,
+    }
+    return fields if budget is None else fields | {"remaining": _remaining(standing, budget, delta)}
 
 
 def _reading(load: Load, budget: Budget | None, delta: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dptaft.budgeting import content_digest
+from dptaft.budgeting import content_digest, default_ledger, open_account
 from dptaft.data import ImageData
 from dptaft.learner import Cached, Learner, Progress
 from dptaft.runs import Run, check_output
@@ -23,7 +23,7 @@ from dptaft.shards.assignment import Assignment, assign, folder_name, named_assi
 from dptaft.shards.collection import Collection, Shard, ShardError, load_collection
 from dptaft.shards.records import Record, Records, load_records, write_trail
 from dptaft.shards.requests import Source, described, make_request, stored_request, with_delta
-from dptaft.training.account import Account, NoAccount
+from dptaft.training.account import Account
 from dptaft.training.plan import Request
 from dptaft.training.preparation import build_learner, prepare
 from dptaft.training.trainer import check_folders, partial_folder, train_prepared
@@ -321,5 +321,15 @@ class ShardTrainer:
         }
 
     def _account(self, shard: Shard, output: Path, resume: bool) -> Account:
-        """Where a shard is charged: as one part of the partition, of the data set that it was made from."""
-        return NoAccount("no ledger was used")
+        """Where a shard is charged: as one part of its partition, to the data set that it was made from."""
+        auto = self._ledger is not None and str(self._ledger) == "auto"
+        return open_account(
+            self.data,
+            self.request,
+            output,
+            ledger=default_ledger(self.collection.path) if auto else self._ledger,
+            part=(self.collection.partition, shard.name),
+            content=self._records.contents[shard.name],
+            resume=resume,
+            progress=self._progress,
+        )
