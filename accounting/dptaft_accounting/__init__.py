@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         PoissonGaussian,
         RepeatAndSelect,
         SequenceComposition,
+        SoftmaxObjectivePerturbation,
         mechanism_from_dict,
     )
     from dptaft_accounting.statement import PrivacyStatement
@@ -50,6 +51,7 @@ _HOMES = {
         "PoissonGaussian",
         "RepeatAndSelect",
         "SequenceComposition",
+        "SoftmaxObjectivePerturbation",
         "mechanism_from_dict",
     ),
     "statement": ("PrivacyStatement",),
@@ -85,6 +87,7 @@ __all__ = [
     "PrivacyStatement",
     "RepeatAndSelect",
     "SequenceComposition",
+    "SoftmaxObjectivePerturbation",
     "Target",
     "best_bound",
     "calibrate_noise_multiplier",

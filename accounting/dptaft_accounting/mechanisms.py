@@ -234,15 +234,61 @@ class ObjectivePerturbation(Mechanism):
                 f"regularization {self.regularization:g} must exceed hessian_bound {self.hessian_bound:g}; "
                 "raise the regularisation or bound the features more tightly"
             )
-        if self.gradient_tolerance > 0 and self.output_noise_std == 0:
-            raise MechanismError(
-                f"gradient_tolerance {self.gradient_tolerance:g} needs output_noise_std above 0: "
-                "an inexact minimiser leaks unless noise hides the error"
-            )
+        _check_tolerance(self.gradient_tolerance, self.output_noise_std)
         _check_adjacency(
             self.adjacency,
             ("zero-out", "add-remove"),
             "the theorem covers one added or removed loss; use zero-out",
+        )
+
+
+@dataclass(frozen=True)
+class SoftmaxObjectivePerturbation(Mechanism):
+    """Minimiser of sum_i loss_i + (regularization/2)|theta|^2 + <b, theta> with b ~ N(0, noise_std^2 I).
+
+    One record's loss is multi-class: log(1 + sum_{c != y} exp(a + z_c - z_y)) of logits z = J theta that are
+    linear in the weights, with a fixed margin a. A Gaussian on the returned point hides how far it is from
+    the minimiser.
+
+    Attributes:
+        diameter: D, largest distance between two rows of one record's Jacobian J; bounds the gradient.
+        classes: number C of rows.
+        regularization: coefficient of the quadratic term of the *sum* objective.
+        noise_std: standard deviation of every coordinate of b.
+        gradient_tolerance: bound t on the norm of the gradient at the returned point (0: exact minimiser).
+        output_noise_std: noise added to the returned point; must be positive where `gradient_tolerance` is.
+        adjacency: zero-out, add-remove or replace-one.
+    """
+
+    kind: ClassVar[str] = "softmax-objective-perturbation"
+    diameter: float
+    classes: int
+    regularization: float
+    noise_std: float
+    gradient_tolerance: float = 0.0
+    output_noise_std: float = 0.0
+    adjacency: str = "zero-out"
+
+    def __post_init__(self) -> None:
+        values: dict[str, Any] = {
+            name: check.positive(name, getattr(self, name), MechanismError)
+            for name in ("diameter", "regularization", "noise_std")
+        }
+        for name in ("gradient_tolerance", "output_noise_std"):
+            values[name] = check.non_negative(name, getattr(self, name), MechanismError)
+        values["classes"] = check.whole("classes", self.classes, MechanismError)
+        _set(self, **values)
+        if self.classes < 2:
+            raise MechanismError(f"classes must be at least 2, got {self.classes}; one class has no loss")
+        _check_tolerance(self.gradient_tolerance, self.output_noise_std)
+        check.choice("adjacency", self.adjacency, ADJACENCIES, MechanismError)
+
+
+def _check_tolerance(gradient_tolerance: float, output_noise_std: float) -> None:
+    if gradient_tolerance > 0 and output_noise_std == 0:
+        raise MechanismError(
+            f"gradient_tolerance {gradient_tolerance:g} needs output_noise_std above 0: "
+            "an inexact minimiser leaks unless noise hides the error"
         )
 
 
@@ -387,6 +433,7 @@ _KINDS: dict[str, type[Mechanism]] = {
         PoissonGaussian,
         CyclicGaussian,
         ObjectivePerturbation,
+        SoftmaxObjectivePerturbation,
         OutputPerturbation,
         SequenceComposition,
         ParallelComposition,

@@ -14,6 +14,7 @@ from dptaft_accounting.mechanisms import (
     PoissonGaussian,
     RepeatAndSelect,
     SequenceComposition,
+    SoftmaxObjectivePerturbation,
 )
 from dptaft_accounting.profiles import MaxProfile
 from dptaft_accounting.tradeoff import GaussianProfile, Profile
@@ -34,6 +35,10 @@ def composition_profile(mechanism: Mechanism) -> Profile:
         from dptaft_accounting.accountants.selection import selection_profile
 
         return selection_profile(mechanism)
+    if isinstance(mechanism, SoftmaxObjectivePerturbation):
+        from dptaft_accounting.accountants.one_shot import SoftmaxObjectiveProfile
+
+        return SoftmaxObjectiveProfile.of(mechanism)
     if isinstance(mechanism, (PoissonGaussian, SequenceComposition, ObjectivePerturbation)):
         return _numerical(mechanism)
     raise MechanismError(f"unknown mechanism {type(mechanism).__name__!r}; it cannot be accounted")
