@@ -213,7 +213,7 @@ def _reissue(own: ConvexityCertificate) -> ConvexityCertificate:
         sampling=own.sampling,
         steps=own.steps,
         records=own.records,
-        max_batch_size=own.max_batch_size,
+        max_batch_size=own.max_batch_size if own.sampling == "poisson" else None,
         sampling_rate=own.sampling_rate,
         batches_per_epoch=own.batches_per_epoch,
         diameter=own.diameter,
@@ -234,11 +234,11 @@ def _agreement(folder: Path, statement: PrivacyStatement) -> Iterator[Check]:
         return
     groups = statement.to_dict()
     problems = [
-        f"{CONFIG} says {name} {config[section].get(name)!r}, the statement {groups[group][field]!r}"
+        f"{CONFIG} says {name} {_value(config, section, name)!r}, the statement {groups[group][field]!r}"
         for section, name, group, field in _COMPARED
-        if field in groups[group] and config[section].get(name) != groups[group][field]
+        if field in groups[group] and _value(config, section, name) != groups[group][field]
     ]
-    target = config["privacy"].get("epsilon")
+    target = _value(config, "privacy", "epsilon")
     if isinstance(target, (int, float)) and statement.claim["epsilon"] > target * (1 + 1e-9):
         problems.append(f"the claim exceeds the epsilon {target:g} that {CONFIG} asked for")
     value = statement.utility.get("value")
@@ -247,6 +247,11 @@ def _agreement(folder: Path, statement: PrivacyStatement) -> Iterator[Check]:
     ]:
         problems.append(f"{METRICS} does not hold the accuracy {value} of the statement")
     yield _result("agreement", problems, f"{CONFIG}, {METRICS} and the statement say the same")
+
+
+def _value(config: Mapping[str, Any], section: str, name: str) -> Any:
+    found = config.get(section)
+    return found.get(name) if isinstance(found, dict) else None
 
 
 def _ledger(place: Path, statement: PrivacyStatement, path: str | os.PathLike[str] | None) -> Iterator[Check]:

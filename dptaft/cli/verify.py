@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dptaft.cli.format import up
+from dptaft.report.text import plain
 
 if TYPE_CHECKING:
     from dptaft.verification import Verification
@@ -58,7 +59,7 @@ def table(found: Verification) -> str:
     marks = {"passed": "ok", "failed": "FAILED", "note": "note"}
     width = max(len(check.name) for check in found.checks)
     lines = [f"{marks[check.status]:<6}  {check.name:<{width}}  {check.message}" for check in found.checks]
-    return "\n".join([*lines, _verdict(found)])
+    return "\n".join(plain(line, spaces=True) for line in (*lines, _verdict(found)))
 
 
 def _verdict(found: Verification) -> str:

@@ -15,13 +15,18 @@ from typing import Any
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~&!$^])")
 
 
-def plain(value: Any) -> str:
+def plain(value: Any, *, spaces: bool = False) -> str:
     r"""One line of printable text; control and formatting characters become a replacement sign.
+
+    Args:
+        value: anything.
+        spaces: keep runs of spaces, for aligned columns.
 
     >>> plain("a" + chr(27) + "[31mb" + chr(10) + "c")
     'a\ufffd[31mb c'
     """
-    words = re.sub(r"[ \t\n\r\f\v\u2028\u2029]+", " ", str(value)).strip()
+    blank = r"[\t\n\r\f\v\u2028\u2029]+" if spaces else r"[ \t\n\r\f\v\u2028\u2029]+"
+    words = re.sub(blank, " ", str(value)).strip()
     return "".join(
         "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") else c for c in words
     )
