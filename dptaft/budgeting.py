@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dptaft.training.trainer import partial_folder
 from dptaft_accounting import Mechanism
 from dptaft_accounting.errors import CertificateError
 from dptaft_accounting.ledger import Budget, Cost, Entry, Ledger, LedgerError
-from dptaft_accounting.ledger_filter import Load, Part, float_down, float_up
+from dptaft_accounting.ledger_filter import Load, Part, decimal_up, stated
 from dptaft_accounting.ledger_owner import is_gone
 from dptaft_accounting.ledger_rules import Account as Standing
 
@@ -250,16 +251,16 @@ def composition_fields(ledger: Ledger, entry: Entry, delta: float) -> dict[str, 
         "data_set": entry.dataset,
         "filter": "none" if budget is None else budget.filter,
         "runs_before": len(before.entries),
-        "spent_before": _reading(before.spent, budget, delta),
+        "spent_before": _reading(before, before.spent, delta),
         "this_run": _cost(entry.authorised),
         "total": {
-            **_reading(after.spent, budget, delta),
+            **_reading(after, after.spent, delta),
             "adjacency": "zero-out" if budget is None else budget.adjacency,
             "unit": entry.unit,
         },
     }
     if after.claimed != after.spent:
-        fields["total_with_unfinished_runs"] = _reading(after.claimed, budget, delta)
+        fields["total_with_unfinished_runs"] = _reading(after, after.claimed, delta)
     if budget is None:
         return fields | ({"budget_note": _NO_BUDGET} if before.entries else {})
     fields["budget"] = _budget(budget)
@@ -272,43 +273,45 @@ def composition_fields(ledger: Ledger, entry: Entry, delta: float) -> dict[str, 
 def standing_fields(standing: Standing) -> dict[str, Any]:
     """The standing of a data set as plain numbers; epsilons at the budget's delta (1e-5 without one)."""
     budget = standing.budget
-    delta = 1e-5 if budget is None else float_down(budget.delta)
+    delta = 1e-5 if budget is None else float(budget.delta)
     fields: dict[str, Any] = {
         "filter": "none" if budget is None else budget.filter,
         "budget": None if budget is None else _budget(budget),
         "declared": standing.declared,
-        "spent": _reading(standing.spent, budget, delta),
-        "claimed": _reading(standing.claimed, budget, delta),
+        "spent": _reading(standing, standing.spent, delta),
+        "claimed": _reading(standing, standing.claimed, delta),
         "taken_by": standing.taken_by,
     }
     return fields if budget is None else fields | {"remaining": _remaining(standing, budget, delta)}
 
 
-def _reading(load: Load, budget: Budget | None, delta: float) -> dict[str, Any]:
-    """A sum of costs in the terms of its filter."""
+def _reading(standing: Standing, load: Load, delta: float) -> dict[str, Any]:
+    """A sum of costs in the terms of its filter; a single run by its own epsilon where that is smaller."""
+    budget, alone = standing.budget, standing.entries[0] if len(standing.entries) == 1 else None
     if budget is not None and budget.filter == "sum":
-        return {"epsilon": float_up(load.epsilon), "delta": float_up(load.delta)}
-    at = delta if budget is None else float_down(budget.delta)
-    epsilon = load.epsilon_at(at) if budget is None else budget.epsilon_of(load)
-    if load == Load():
-        epsilon = 0.0
+        return {"epsilon": _number(load.epsilon), "delta": _number(load.delta)}
+    at = delta if budget is None else float(budget.delta)
+    epsilon = 0.0 if load == Load() else load.epsilon_at(at)
+    if alone is not None and stated(at) >= alone.charge.delta:
+        own = alone.authorised if load == standing.spent else alone.charge
+        epsilon = min(epsilon, float(own.epsilon))
     return {
-        "mu": _finite(float_up(load.mu)),
-        "residual_delta": float_up(load.residual_delta),
-        "epsilon": _finite(epsilon),
+        "mu": _number(load.mu),
+        "residual_delta": _number(load.residual_delta),
+        "epsilon": epsilon if math.isfinite(epsilon) else None,
         "delta": at,
     }
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
-    mu, residual, epsilon, delta = map(float_up, cost.amounts())
-    return {"mu": _finite(mu), "residual_delta": residual, "epsilon": epsilon, "delta": delta}
+    names = ("mu", "residual_delta", "epsilon", "delta")
+    return {name: _number(amount) for name, amount in zip(names, cost.amounts(), strict=True)}
 
 
 def _budget(budget: Budget) -> dict[str, Any]:
-    amounts = {"epsilon": float_down(budget.epsilon), "delta": float_down(budget.delta)}
+    amounts = {"epsilon": float(budget.epsilon), "delta": float(budget.delta)}
     if budget.filter == "gdp":
-        amounts |= {"mu": float_down(budget.mu), "residual_delta": float_down(budget.residual_delta)}
+        amounts |= {"mu": float(budget.mu), "residual_delta": float(budget.residual_delta)}
     return {**amounts, "adjacency": budget.adjacency, "unit": budget.unit}
 
 
@@ -316,12 +319,13 @@ def _remaining(standing: Standing, budget: Budget, delta: float) -> dict[str, An
     left: dict[str, Any] = {"epsilon": standing.remaining_epsilon(delta), "delta": delta}
     if budget.filter == "gdp":
         taken = standing.taken_by is not None
-        left["mu"] = 0.0 if taken else float_down(budget.remaining_mu(standing.claimed))
+        left["mu"] = 0.0 if taken else float(budget.remaining_mu(standing.claimed))
     return left
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _number(amount: Decimal) -> float | None:
+    """Nine significant digits, rounded up; None for infinity."""
+    return float(decimal_up(amount)) if amount.is_finite() else None
 
 
 def _mechanism(spending: Spending) -> Mechanism:

@@ -157,8 +157,8 @@ class Ledger:
             if holder is not None and holder.budget is not None and not version_of:
                 raise LedgerError(
                     f"the data set {name!r} has a budget and other content; where records persist, declare a "
-                    f"new version that shares it (`dptaft ledger init {self.path} --version-of {name} "
-                    "--data ...`), else give it another name (--name)"
+                    f"new version that shares it (`dptaft ledger init --ledger {self.path} "
+                    f"--version-of {name} --data ...`), else give it another name (--name)"
                 )
             return {"kind": "data-set", "dataset": name, "fingerprint": fingerprint}
 

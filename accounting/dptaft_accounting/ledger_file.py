@@ -49,7 +49,9 @@ class LedgerFile:
     def __init__(self, path: Path, timeout: float) -> None:
         self.path, self.timeout = path, timeout
         if not path.is_file():
-            raise LedgerError(f"there is no ledger {path}; make one with `dptaft ledger init {path}`")
+            raise LedgerError(
+                f"there is no ledger {path}; make one with `dptaft ledger init --ledger {path}`"
+            )
         refuse_network(path)
         if path.stat().st_size == 0:
             raise LedgerError(f"{path} is empty: the ledger was cut off; restore it from a copy")

@@ -56,8 +56,8 @@ class BudgetExceededError(LedgerError):
     """A reservation does not fit the budget; nothing was recorded."""
 
 
-def decimal_up(value: float) -> Decimal:
-    """Rounds a float up to nine significant digits; infinity stays.
+def decimal_up(value: float | Decimal) -> Decimal:
+    """Rounds up to nine significant digits; infinity stays.
 
     >>> decimal_up(1.23456789012)
     Decimal('1.23456790')

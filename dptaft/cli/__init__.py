@@ -16,6 +16,8 @@ _COMMANDS = {
     "report": ("dptaft.cli.report", "report"),
     "verify": ("dptaft.cli.verify", "verify"),
     "compare": ("dptaft.cli.compare", "compare"),
+    "audit": ("dptaft.cli.audit", "audit"),
+    "ledger": ("dptaft.cli.ledger", "ledger"),
     "models": ("dptaft.cli.models", "models"),
     "clear-cache": ("dptaft.cli.clear_cache", "clear_cache"),
 }
