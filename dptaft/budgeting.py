@@ -166,7 +166,7 @@ class LedgerAccount:
             self._entry = ledger.resume(pointer["entry"], self._content, cost, mechanism)
             return
         name = ledger.register(self._content, self._data.name)
-        _release_abandoned(ledger, name)
+        release_abandoned(ledger, name)
         self._entry = ledger.reserve(
             self._content,
             cost,
@@ -334,7 +334,7 @@ def _mechanism(spending: Spending) -> Mechanism:
     return spending.mechanism
 
 
-def _release_abandoned(ledger: Ledger, dataset: str) -> None:
+def release_abandoned(ledger: Ledger, dataset: str) -> None:
     """End entries whose process is certainly gone and that never authorised a step: they spent nothing."""
     for entry in ledger.account(dataset).entries:
         idle = entry.state == "open" and entry.authorised == Cost.zero()
