@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dptaft.api import train
+    from dptaft.auditing.report import audit
     from dptaft.data import ImageData, Split, load_data
     from dptaft.runs import Run, load_run
 
 _HOMES = {
     "train": "dptaft.api",
+    "audit": "dptaft.auditing.report",
     "ImageData": "dptaft.data",
     "Split": "dptaft.data",
     "load_data": "dptaft.data",
@@ -26,7 +28,7 @@ _HOMES = {
     "load_run": "dptaft.runs",
 }
 
-__all__ = ["ImageData", "Run", "Split", "load_data", "load_run", "train"]
+__all__ = ["ImageData", "Run", "Split", "audit", "load_data", "load_run", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,206 @@
+"""The recipe repeated with canaries under secret coins: scores for each kind of observer.
+
+Training is the product's own loop. Features are computed once; a repetition costs its private steps alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dptaft.auditing.canaries import (
+    AuditSetupError,
+    Canaries,
+    CoordinateCanaries,
+    LinearLoss,
+    RecordCanaries,
+    secret_coins,
+)
+from dptaft.auditing.engine import AuditLearner, StepObserver, watching
+from dptaft.auditing.recipe import Recipe, smooth_images
+from dptaft.data import ArrayPixels, ImageData, Split
+from dptaft.learner import Cached, Learner
+from dptaft.training.account import NoAccount
+from dptaft.training.clipping import Adjacency
+from dptaft.training.losses import LOSSES
+from dptaft.training.steps import Trained, train_steps
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Scores and coins of all canaries of all repetitions, and what the sampler did.
+
+    Attributes:
+        scores: (m x repetitions,), large where a canary looks included.
+        included: the coins.
+        participations: steps in which each canary slot was sampled.
+        batch_sizes: per repetition, the number of sampled records and slots of every step.
+    """
+
+    scores: Tensor
+    included: Tensor
+    participations: Tensor
+    batch_sizes: tuple[tuple[int, ...], ...]
+
+
+class Repeater:
+    """Repeats one recipe; the features of its records are computed at construction.
+
+    Args:
+        recipe: of the run.
+        progress: called with (stage, done, total).
+    """
+
+    def __init__(self, recipe: Recipe, progress: Report | None = None) -> None:
+        self.recipe, self._progress = recipe, progress
+        self.learner: Learner = recipe.prepared.learner
+        self.cached = self.learner.features(recipe.data.train, progress, "reading images")
+        self._start = {name: p.detach().clone() for name, p in self.learner.parameters.items()}
+
+    @property
+    def adjacency(self) -> Adjacency:
+        """Of the run."""
+        return cast(Adjacency, self.recipe.prepared.plan.adjacency)
+
+    def canaries(self, kind: str, count: int | None, images: ImageData | None = None) -> Canaries:
+        """Canaries of one kind.
+
+        Args:
+            kind: one of `dptaft.auditing.canaries.KINDS`.
+            count: how many; None takes a default for the kind.
+            images: for ``images``: the user's own, with their labels.
+
+        Raises:
+            AuditSetupError: a kind that cannot be built for this run.
+        """
+        clip = self.recipe.prepared.l2_clip_norm
+        if kind == "coordinate":
+            total = sum(p.numel() for p in self._start.values())
+            return CoordinateCanaries(self._start, count or min(total, 50_000), clip, self.adjacency)
+        split = self._canary_records(kind, count, images)
+        features = self.learner.features(split, self._progress, "reading canaries").features
+        loss = LOSSES[self.recipe.request.model.loss]()
+        if kind == "tangent":
+            loss = LinearLoss(scale=1.0)
+            norms = self.learner.operator.gradient_norms(
+                features,
+                loss.cotangent(self.learner.operator.offset(features), split.labels.to(self.learner.device)),
+            )
+            loss = LinearLoss(scale=2.0 * clip / float(norms[norms > 0].min()))
+        return RecordCanaries(
+            kind,
+            self.learner,
+            features,
+            split.labels,
+            loss=loss,
+            l2_clip_norm=clip,
+            adjacency=self.adjacency,
+        )
+
+    def _canary_records(self, kind: str, count: int | None, images: ImageData | None) -> Split:
+        classes = len(self.recipe.data.classes)
+        if kind == "images":
+            if images is None:
+                raise AuditSetupError("canaries of kind images need images; give --canary-data")
+            return images.train.take(range(min(count or len(images.train), len(images.train))))
+        held_out = self.recipe.data.evaluation
+        if kind == "mislabelled" and held_out is not None and len(held_out):
+            chosen = held_out.take(range(min(count or 200, len(held_out))))
+        else:
+            number = count or 200
+            chosen = Split(ArrayPixels(smooth_images(number, seed=1)), torch.arange(number) % classes)
+        wrong = torch.randint(1, classes, chosen.labels.shape, generator=torch.Generator().manual_seed(2))
+        return Split(chosen.pixels, (chosen.labels + wrong) % classes)
+
+    def observe(self, canaries: Canaries, observer: str, repetitions: int = 1) -> Observed:
+        """Train `repetitions` times, each with coins of its own, and score every canary."""
+        scores, coins, taken, sizes = [], [], [], []
+        reference = None if observer == "all-iterates" else self._reference(canaries)
+        for number in range(repetitions):
+            included = secret_coins(len(canaries))
+            watcher = self._watcher(canaries)
+            trained = self._train(canaries, included, watcher)
+            if reference is None:
+                scores.append(watcher.scores)
+            elif observer == "last-iterate":
+                scores.append(self._moved(canaries, reference, trained.weights))
+            else:
+                scores.append(self._black_box(canaries, reference, trained.weights))
+            coins.append(included)
+            taken.append(watcher.participations)
+            sizes.append(tuple(watcher.batch_sizes))
+            if self._progress is not None:
+                self._progress("auditing", number + 1, repetitions)
+        return Observed(torch.cat(scores), torch.cat(coins), torch.cat(taken), tuple(sizes))
+
+    def _watcher(self, canaries: Canaries) -> StepObserver:
+        plan = self.recipe.prepared.plan
+        noise = tuple(plan.noise_over_sensitivity * factor for factor in plan.noise_factors)
+        hidden = plan.sampling.kind == "poisson" and plan.sampling.rate < 1
+        return StepObserver(canaries, noise, plan.normaliser, plan.sampling.rate if hidden else None)
+
+    def _train(self, canaries: Canaries, included: Tensor, watcher: StepObserver | None) -> Trained:
+        return self._run(self.recipe.prepared, canaries, included, watcher)
+
+    def _run(
+        self, prepared: Any, canaries: Canaries, included: Tensor, watcher: StepObserver | None
+    ) -> Trained:
+        self._reset()
+        labels = self.recipe.data.train.labels
+        slots = torch.zeros(len(canaries), dtype=labels.dtype)
+        learner = AuditLearner(self.learner, len(labels), canaries, included, watcher)
+        prepared = replace(prepared, learner=cast(Learner, learner))
+        with tempfile.TemporaryDirectory(prefix="dptaft-audit-") as folder:
+            arguments = (
+                prepared,
+                self.recipe.request,
+                Cached(self.cached.features, self.cached.digest),
+                torch.cat([labels, slots]),
+                Path(folder) / "run.partial",
+                NoAccount("an audit: its output is not covered by any claim"),
+            )
+            if watcher is None:
+                return train_steps(*arguments)
+            with watching(watcher, self.learner.parameters):
+                return train_steps(*arguments)
+
+    def _reset(self) -> None:
+        with torch.no_grad():
+            for name, p in self.learner.parameters.items():
+                p.copy_(self._start[name])
+                p.grad = None
+
+    def _reference(self, canaries: Canaries) -> dict[str, Tensor]:
+        """Weights of the recipe without noise and without canaries: what an informed observer expects."""
+        prepared = self.recipe.prepared
+        silent = replace(prepared, plan=replace(prepared.plan, noise_multiplier=0.0))
+        nobody = torch.zeros(len(canaries), dtype=torch.bool)
+        trained = self._run(silent, canaries, nobody, None)
+        return {name: value.detach().clone() for name, value in trained.weights.items()}
+
+    def _moved(
+        self, canaries: Canaries, reference: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """How far the weights moved along each canary's descent direction, beyond the reference."""
+        canaries.prepare_step(weights)
+        return canaries.along({name: reference[name] - weights[name].detach() for name in reference})
+
+    def _black_box(
+        self, canaries: Canaries, reference: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """How much smaller each canary's loss is than at the reference; needs predictions alone."""
+        if not isinstance(canaries, RecordCanaries):
+            raise AuditSetupError("a black-box observer sees losses of records; use mislabelled canaries")
+        before, after = (
+            canaries.loss.value(self.learner.logits(canaries.features, theta), canaries.labels)
+            for theta in (reference, {name: value.detach() for name, value in weights.items()})
+        )
+        return (before - after).double()
