@@ -1,5 +1,6 @@
 """`dptaft verify`: every change of a run is found, whatever file it is in; forged claims are recomputed."""
 
+import contextlib
 import hashlib
 import json
 import random
@@ -54,9 +55,11 @@ def refused(path):
         bad = not verify(path).passed
     except RunError:
         bad = True
-    with pytest.raises(ValueError, match="."):
+    try:
         load_run(path)
-    return bad
+    except ValueError:
+        return bad
+    return False
 
 
 def test_a_sound_run_passes(run):
@@ -110,10 +113,8 @@ def test_a_renamed_forgery_must_still_follow_from_the_record(copy):
         if path[:2] in FREE or path == ("admin", "id"):
             continue
         (copy / "privacy.json").write_text(replaced(document, path, other(value), seal=True))
-        try:
+        with contextlib.suppress(RunError):
             assert not verify(copy).passed, path
-        except RunError:
-            pass
 
 
 @pytest.mark.parametrize(
