@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dptaft.data import ImageData
     from dptaft.learner import Progress
     from dptaft.runs import Run
+    from dptaft.training.account import Account
 
 
 def train(
@@ -49,7 +50,7 @@ def train(
     feature_cache: str | None = None,
     output: str | Path | None = None,
     resume: bool = False,
-    ledger: str | Path | None = "auto",
+    ledger: str | Path | Account | None = "auto",
     progress: Progress | None = None,
 ) -> Run:
     """Train privately and return the finished run.
@@ -87,7 +88,7 @@ def train(
         output: folder of the run, which must not exist; None takes ``runs/<id>``.
         resume: continue the interrupted run of the same `output`.
         ledger: budget ledger that is charged: ``auto`` for ``ledger.sqlite`` beside the run folder, a path,
-            or None for none (the statement says so).
+            None for none (the statement says so), or an account of the caller's own.
         progress: called with (stage, done, total).
 
     Raises:
@@ -135,7 +136,10 @@ def train(
     images = load_data(data, **options) if isinstance(data, str) else data
     images.check_adjacency(adjacency)
     target = Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
-    account = open_account(images, request, target, ledger=ledger, resume=resume, progress=progress)
+    if ledger is None or isinstance(ledger, str | Path):
+        account = open_account(images, request, target, ledger=ledger, resume=resume, progress=progress)
+    else:
+        account = ledger
     run = run_training(images, request, target, account=account, resume=resume, progress=progress)
     images.warn_unreadable()
     return run
