@@ -12,6 +12,7 @@ _COMMANDS = {
     "train": ("dptaft.cli.train", "train"),
     "predict": ("dptaft.cli.predict", "predict"),
     "compose": ("dptaft.cli.compose", "compose"),
+    "remove": ("dptaft.cli.remove", "remove"),
     "budget": ("dptaft.cli.budget", "budget"),
     "report": ("dptaft.cli.report", "report"),
     "verify": ("dptaft.cli.verify", "verify"),

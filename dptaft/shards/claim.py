@@ -10,19 +10,37 @@ another, so replace-one composes in sequence.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from dptaft.shards.assignment import RANDOM
 from dptaft.shards.parts import ComposeError, Part
 from dptaft_accounting import (
     Mechanism,
     ParallelComposition,
     PrivacyStatement,
     SequenceComposition,
+    best_bound,
     mechanism_from_dict,
 )
 
 CHECKED, DECLARED, SEQUENCE = "checked", "declared by the user", "not used"
 _WORST_FIRST = ("not covered", "covered", "public, declared by the user", "public", "none")
+
+
+@dataclass(frozen=True)
+class Released:
+    """The record of one run, and whose records it read.
+
+    Attributes:
+        origin: its partition, or its own id where it belongs to none.
+        shard: within the partition.
+        mechanism: what happened.
+    """
+
+    origin: str
+    shard: str
+    mechanism: Mechanism
 
 
 def composed_mechanism(parts: Sequence[Part], *, disjoint: bool) -> Mechanism:
@@ -34,23 +52,31 @@ def composed_mechanism(parts: Sequence[Part], *, disjoint: bool) -> Mechanism:
 
     Raises:
         ComposeError: parts with different adjacencies or units, or evidence against `disjoint`.
+    """
+    _check_same_units(parts)
+    if disjoint:
+        _check_declaration(parts)
+    return together([_released(part) for part in parts], disjoint=disjoint)
+
+
+def together(released: Sequence[Released], *, disjoint: bool) -> Mechanism:
+    """The record of several releases.
 
     Formal guarantees:
         Shards of one partition compose in parallel, because training them checked that they share no record.
         Several runs of one shard compose in sequence. Everything else composes in sequence, unless declared
         disjoint.
     """
-    _check_same_units(parts)
     groups: dict[str, dict[str, list[Mechanism]]] = {}
-    for part in parts:
-        group = groups.setdefault(part.partition or part.run.id, {})
-        record = _statement(part).mechanism["record"]
-        group.setdefault(part.shard or "", []).append(mechanism_from_dict(record))
+    for item in released:
+        groups.setdefault(item.origin, {}).setdefault(item.shard, []).append(item.mechanism)
     within = [_parallel([_sequence(runs) for runs in shards.values()]) for shards in groups.values()]
-    if disjoint:
-        _check_declaration(parts)
-        return _parallel(within)
-    return _sequence(within)
+    return _parallel(within) if disjoint else _sequence(within)
+
+
+def _released(part: Part) -> Released:
+    record = _statement(part).mechanism["record"]
+    return Released(part.partition or part.run.id, part.shard or "", mechanism_from_dict(record))
 
 
 def _statement(part: Part) -> PrivacyStatement:
@@ -129,21 +155,23 @@ def composed_statement(
     claims = [statement.claim for statement in statements]
     mechanism = composed_mechanism(parts, disjoint=disjoint)
     vouched = disjointness(parts, disjoint=disjoint)
+    delta = min(claim["delta"] for claim in claims)
     return PrivacyStatement.build(
         mechanism,
-        min(claim["delta"] for claim in claims),
+        delta,
         unit=claims[0]["unit"],
         records_per_unit=claims[0]["records_per_unit"],
         claim={
             "not_protected": _not_protected(claims, utility),
             "public": _union([*(claim.get("public", []) for claim in claims), _public(parts)]),
-            "data_accesses": _accesses(claims, how, utility),
+            "data_accesses": _accesses(parts, claims, how, utility),
             "assumptions": _union(
                 [*(claim.get("assumptions", []) for claim in claims), _assumptions(vouched)]
             ),
         },
         details={"composed_of": len(parts), "how": how},
-        composition=_composition(parts, how, vouched, removed),
+        composition=_composition(parts, how, vouched, removed)
+        | _with_removed(parts, removed, disjoint=disjoint, delta=delta),
         implementation=_implementation(statements),
         utility=utility,
         admin={**admin, "caveats": _caveats(statements, vouched, removed)},
@@ -168,7 +196,9 @@ def _public(parts: Sequence[Part]) -> list[str]:
     return ["names of the shards, and the number of records of each"]
 
 
-def _accesses(claims: Sequence[Mapping[str, Any]], how: str, utility: Mapping[str, Any]) -> dict[str, str]:
+def _accesses(
+    parts: Sequence[Part], claims: Sequence[Mapping[str, Any]], how: str, utility: Mapping[str, Any]
+) -> dict[str, str]:
     """For every use of the data, the answer of the part that is worst off."""
     found: dict[str, str] = {}
     for claim in claims:
@@ -176,6 +206,11 @@ def _accesses(claims: Sequence[Mapping[str, Any]], how: str, utility: Mapping[st
             found[name] = min(found.get(name, answer), answer, key=_WORST_FIRST.index)
     if utility:
         found["evaluation"] = "not covered"
+    if any(part.partition for part in parts):
+        random = all(
+            part.run.config.get("shard", {}).get("assignment", "").startswith(RANDOM) for part in parts
+        )
+        found["sizes_of_shards"] = "public" if random else "public, declared by the user"
     return found | {"composition_weights": "not covered" if how == "weighted" else "public"}
 
 
@@ -214,10 +249,35 @@ def _composition(
             }
             for part in parts
         ],
-        "removed": [dict(item) for item in removed],
+        "removed": [_public_removal(item) for item in removed],
         "ledger": "none: adding weights spends nothing; every part was charged when it was trained",
         "weights_choice": choice,
     }
+
+
+def _public_removal(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if key != "record"}
+
+
+def _with_removed(
+    parts: Sequence[Part], removed: Sequence[Mapping[str, Any]], *, disjoint: bool, delta: float
+) -> dict[str, Any]:
+    """Epsilon of this run and all that was taken out of it; nothing where that has no bound."""
+    if not removed or not all("record" in item for item in removed):
+        return {}
+    before = [
+        Released(
+            item.get("partition", item["statement"]),
+            item.get("shard", ""),
+            mechanism_from_dict(item["record"]),
+        )
+        for item in removed
+    ]
+    now = [_released(part) for part in parts]
+    if len({item.mechanism.adjacency for item in (*now, *before)}) > 1:
+        return {}
+    bound = best_bound(together([*now, *before], disjoint=disjoint), delta=delta)
+    return {"with_removed": {"epsilon": bound.epsilon, "delta": delta}}
 
 
 def _implementation(statements: Sequence[PrivacyStatement]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,7 +24,9 @@ from dptaft.runs import (
     write_statement,
 )
 from dptaft.shards.claim import composed_statement
+from dptaft.shards.collection import is_collection
 from dptaft.shards.parts import Part, gather
+from dptaft.shards.records import write_trail
 
 if TYPE_CHECKING:
     from dptaft.data import ImageData
@@ -101,7 +104,19 @@ def write_composition(
                 parts, how=how, disjoint=disjoint, removed=removed, utility=_utility(metrics), admin=admin
             )
             write_statement(folder, statement)
-    return load_run(output)
+    made = load_run(output)
+    _note(parts, made)
+    return made
+
+
+def _note(parts: Sequence[Part], made: Run) -> None:
+    """Write the composition into the private trail of every parent folder that a part lies in."""
+    claim = {} if made.statement is None else {key: made.statement.claim[key] for key in ("epsilon", "delta")}
+    for folder in {part.run.path.parent for part in parts if part.partition is not None}:
+        if is_collection(folder):
+            with contextlib.suppress(OSError):  # a parent that only others may write to
+                ids = [part.run.id for part in parts]
+                write_trail(folder, "compose", run=made.id, name=made.path.name, parts=ids, **claim)
 
 
 def _config(

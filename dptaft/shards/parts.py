@@ -35,12 +35,14 @@ class Part:
     @property
     def partition(self) -> str | None:
         """Public id of the set of disjoint shards it belongs to; None for a run of its own."""
-        return self.run.config.get("shard", {}).get("partition")
+        found: str | None = self.run.config.get("shard", {}).get("partition")
+        return found
 
     @property
     def shard(self) -> str | None:
         """Name of its shard in the partition."""
-        return self.run.config.get("shard", {}).get("name")
+        found: str | None = self.run.config.get("shard", {}).get("name")
+        return found
 
     @property
     def label(self) -> str:
@@ -57,31 +59,40 @@ def is_composed(run: Run) -> bool:
     return "composition" in run.config
 
 
-def parts_of(run: Run) -> tuple[Part, ...]:
+def parts_of(run: Run, entries: Sequence[Mapping[str, Any]] | None = None) -> tuple[Part, ...]:
     """The trained runs that a run consists of, with their factors: itself, unless it was composed.
+
+    Args:
+        run: trained or composed.
+        entries: some of the parts of a composed run, as its configuration lists them; None takes all.
 
     Raises:
         ComposeError: a part that is not where the run says, or is another run now.
     """
     if not is_composed(run):
         return (Part(run, 1.0),)
-    found = []
-    for entry in run.config["composition"]["parts"]:
-        path = Path(os.path.normpath(run.path / entry["path"]))
-        try:
-            part = load_run(path)
-        except RunError as error:
-            raise ComposeError(
-                f"part {entry['run']} of {run.path} is not at {path} ({error}); put it back: a composition "
-                "is made "
-                "anew from its parts"
-            ) from None
-        if part.id != entry["id"]:
-            raise ComposeError(
-                f"{path} is not the run that {run.path} was composed of; restore {entry['id']}"
-            )
-        found.append(Part(part, float(entry["factor"])))
-    return tuple(found)
+    listed = run.config["composition"]["parts"] if entries is None else entries
+    return tuple(_load_part(run, entry) for entry in listed)
+
+
+def part_path(run: Run, entry: Mapping[str, Any]) -> Path:
+    """Where a composed run found one of its parts."""
+    return Path(os.path.normpath(run.path / entry["path"]))
+
+
+def _load_part(run: Run, entry: Mapping[str, Any]) -> Part:
+    path = part_path(run, entry)
+    try:
+        part = load_run(path)
+    except RunError as error:
+        raise ComposeError(
+            f"part {entry['run']} of {run.path} is not at {path} ({error}); put it back: a composition is "
+            "made anew "
+            "from its parts"
+        ) from None
+    if part.id != entry["id"]:
+        raise ComposeError(f"{path} is not the run that {run.path} was composed of; restore {entry['id']}")
+    return Part(part, float(entry["factor"]))
 
 
 def gather(runs: Sequence[Run], how: str, weights: Sequence[float] | None) -> tuple[Part, ...]:

@@ -70,6 +70,19 @@ class Records:
             if any(record.digest == digest for record in records)
         )
 
+    def number(self, number: int) -> str | None:
+        """Digest of the record of this number in the data; None where no shard holds it.
+
+        Raises:
+            ShardError: shards of different data hold records of this number.
+        """
+        found = {
+            record.digest for records in self.shards.values() for record in records if record.number == number
+        }
+        if len(found) > 1:
+            raise ShardError(f"several data sets have a record {number} in these shards; give the image file")
+        return next(iter(found), None)
+
     def check_apart(self, name: str, digests: Sequence[str]) -> None:
         """Refuse a shard one of whose images is in another shard already.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dptaft.data import ImageData, load_data
-from dptaft.shards.collection import Collection
+from dptaft.shards.collection import Collection, Shard, ShardError
 from dptaft.training.optimizers import Schedule
 from dptaft.training.plan import (
     ModelConfig,
@@ -40,6 +40,20 @@ class Source:
         if classes is not None:
             given["classes"] = list(classes)
         return cls(load_data(data, **given), data, {"spec": data, **given})
+
+    @classmethod
+    def again(cls, shard: Shard, data: ImageData | None) -> Source:
+        """The data that a shard came from, or what is given in its place.
+
+        Raises:
+            ShardError: it was given as images, which only the caller has.
+        """
+        if data is not None:
+            return cls(data, str(shard.source.get("spec", data.name)), shard.source)
+        if "spec" not in shard.source:
+            raise ShardError(f"shard {shard.name} was trained on images in memory; give them again as data")
+        options = {key: value for key, value in shard.source.items() if key != "spec"}
+        return cls(load_data(shard.source["spec"], **options), shard.source["spec"], shard.source)
 
 
 def make_request(

@@ -127,7 +127,6 @@ def add_shard(
     collection, records = load_collection(folder), load_records(folder)
     source = Source.of(data, classes, public_data, skip_corrupt)
     images = source.images
-    own = _next_name(collection) if name is None and not resume else name
     request = stored_request(collection, source.name)
     if resume:
         missing = [shard for shard in collection.shards if not (folder / shard.folder).exists()]
@@ -135,22 +134,22 @@ def add_shard(
             raise ShardError(f"no shard of {folder} is unfinished; leave --resume out")
         _check_numbers(records, missing[0].name, records.digests(images.train))
     else:
-        collection = _grown(collection, records, source, str(own))
+        collection = _grown(collection, records, source, _next_name(records) if name is None else name)
     _train_missing(collection, images, request, records, ledger, progress)
     return collection
 
 
-def _next_name(collection: Collection) -> str:
-    numbers = [int(shard.name) for shard in collection.shards if shard.name.isdecimal()]
-    return str(max(numbers, default=0) + 1)
+def _next_name(records: Records) -> str:
+    """The first number that no shard has or had."""
+    return str(max((int(name) for name in records.shards if name.isdecimal()), default=0) + 1)
 
 
 def _grown(collection: Collection, records: Records, source: Source, name: str) -> Collection:
     """The collection with one more shard, written to disk."""
     data, parent = source.images, collection.path
-    known = named_assignment([*(shard.name for shard in collection.shards), name], "").shards
-    if len(known) == len(collection.shards):
-        raise ShardError(f"{parent} has a shard {name!r} already; choose another name")
+    if name in records.shards:
+        raise ShardError(f"{parent} has or had a shard {name!r}; choose another name")
+    named_assignment([*records.shards, name], "")
     few, many = sorted((collection.classes, data.classes), key=len)
     if many[: len(few)] != few:
         raise ShardError(
