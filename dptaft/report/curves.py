@@ -100,7 +100,7 @@ def _shorter(
             cut = noise[:steps] if isinstance(noise, tuple) else noise
             yield dataclasses.replace(mechanism, steps=steps, noise_multiplier=cut), _cut(certificate, steps)
     elif isinstance(mechanism, PoissonGaussian):
-        for steps in _counts(mechanism.steps, 12 if certificate is None else 8):
+        for steps in _counts(mechanism.steps, 12 if certificate is None else 5):
             yield dataclasses.replace(mechanism, steps=steps), _cut(certificate, steps)
 
 

@@ -140,9 +140,10 @@ def _check(facts: Facts) -> str:
         f'<tr><th scope="row">{escaped(name)}</th><td class="hash">{escaped(text)}</td></tr>'
         for name, text in facts.identity
     )
+    what = "recomputes epsilon on two paths and compares" if facts.claimed else "compares"
     words = (
-        "recomputes epsilon on two paths and compares every file with its hash. The id names this statement: "
-        "compare it with the one that its owner published."
+        f"{what} every file with its hash. The id names this statement: compare it with the one that its "
+        "owner published."
     )
     return (
         '<section class="check"><h2>How to check this report</h2><p>'
