@@ -49,11 +49,13 @@ class Point:
         request: what is asked.
         output: folder of the run; an interrupted run of this folder is continued.
         account: where it is charged.
+        prepared: its plan, where the caller has made it already.
     """
 
     request: Request
     output: Path
     account: Account
+    prepared: Prepared | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _check_equal(requests: Sequence[Request]) -> None:
 def _member(data: ImageData, point: Point, learner: Learner) -> Member:
     """Plan one point and reserve its budget, before any private image is read."""
     check_output(point.output)
-    prepared = prepare(data, point.request, learner)
+    prepared = point.prepared or prepare(data, point.request, learner)
     if not can_share_steps(prepared):
         raise PlanError("only full-batch runs of tangent models with the fused engine share steps")
     point.account.reserve(prepared.spending())
