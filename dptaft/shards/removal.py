@@ -181,24 +181,28 @@ def _refactored(parts: Sequence[Part], how: str, before: Sequence[float]) -> lis
 
 def _removal(whole: Run, entry: Entry) -> dict[str, Any]:
     """What was taken out, where it was before, and what bounds that."""
-    name = f"shard {entry['shard']}" if "shard" in entry else f"run {entry['run']}"
+    of_shard = f" of shard {entry['shard']}" if "shard" in entry else ""
     item = {key: entry[key] for key in ("run", "partition", "shard") if key in entry}
     item |= {"statement": entry["id"], "releases": _releases(whole, entry)}
     try:
         statement = parts_of(whole, [entry])[0].run.statement
     except ComposeError:
         statement = None
-    where = f"its own run and {len(item['releases'])} composition" + "s" * (len(item["releases"]) != 1)
-    text = f"{name} is not part of these weights, but what was released before still reveals it ({where})"
+    count = len(item["releases"])
+    text = (
+        f"run {entry['run']}{of_shard} is not part of these weights; what was released before and computed "
+        "from it "
+        f"(the run itself, {count} composition{'s' * (count != 1)}) still reveals its records"
+    )
     if statement is None:
-        return item | {"reveals": f"{text}, without a bound: no statement of its run claims privacy"}
+        return item | {"reveals": f"{text}, without a bound: it claims no privacy, or is not there any more"}
     epsilon, delta = statement.claim["epsilon"], statement.claim["delta"]
+    bound = f"all of it together by at most epsilon {epsilon} at delta {delta} (statement {entry['id']})"
     return item | {
         "epsilon": epsilon,
         "delta": delta,
         "record": statement.mechanism["record"],
-        "reveals": f"{text}: all of it together at most epsilon {epsilon:.9g} at delta {delta:g}, "
-        "{entry['id']}",
+        "reveals": f"{text}, {bound}",
     }
 
 
