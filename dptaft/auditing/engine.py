@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dptaft.auditing.canaries import Canaries
+from dptaft.auditing.noise_check import NoiseMeter
 from dptaft.learner import Learner
 from dptaft.tangent.operator import Features
 from dptaft.training.clipping import ClippedSum
@@ -54,9 +55,10 @@ class AuditEngine:
         """The engine's sum over the sampled records, merged with the canaries' own."""
         own, slots = indices[indices < self._n], indices[indices >= self._n] - self._n
         base = self._records.clipped_sum(theta, own)
+        inserted = self._canaries.clipped_sum(theta, slots, self._coins)
         if self._observer is not None:
-            self._observer.before_step(theta, base, len(own), slots)
-        return base.merged(self._canaries.clipped_sum(theta, slots, self._coins))
+            self._observer.before_step(theta, base, inserted, len(own), slots)
+        return base.merged(inserted)
 
 
 class StepObserver:
@@ -74,22 +76,37 @@ class StepObserver:
         noise: s of every step.
         normaliser: public divisor of the noised sum.
         rate: sampling rate p where it hides participation, else None.
+        sensitivity: what s is relative to, for the noise check.
     """
 
     def __init__(
-        self, canaries: Canaries, noise: tuple[float, ...], normaliser: float, rate: float | None
+        self,
+        canaries: Canaries,
+        noise: tuple[float, ...],
+        normaliser: float,
+        rate: float | None,
+        sensitivity: float,
     ) -> None:
         self._canaries, self._noise, self._normaliser, self._rate = canaries, noise, normaliser, rate
         self._base: Mapping[str, Tensor] | None = None
+        self._inserted: Mapping[str, Tensor] = {}
+        self.meter = NoiseMeter(tuple(s * sensitivity for s in noise))
         self._taking_part = torch.zeros(len(canaries), dtype=torch.bool)
         self._step = 0
         self.scores = torch.zeros(len(canaries), dtype=torch.float64)
         self.participations = torch.zeros(len(canaries), dtype=torch.int64)
         self.batch_sizes: list[int] = []
 
-    def before_step(self, theta: Mapping[str, Tensor], base: ClippedSum, records: int, slots: Tensor) -> None:
-        """The sum of the sampled records, and which canary slots the sampler drew."""
-        self._base = base.value
+    def before_step(
+        self,
+        theta: Mapping[str, Tensor],
+        base: ClippedSum,
+        inserted: ClippedSum,
+        records: int,
+        slots: Tensor,
+    ) -> None:
+        """Sums of the sampled records and of the included canaries, and the slots that the sampler drew."""
+        self._base, self._inserted = base.value, inserted.value
         self._canaries.prepare_step(theta)
         self._taking_part = torch.zeros(len(self._canaries), dtype=torch.bool)
         self._taking_part[slots] = True
@@ -103,6 +120,7 @@ class StepObserver:
         residual = {
             name: p.grad.detach() * self._normaliser - self._base[name] for name, p in parameters.items()
         }
+        self.meter.add({name: value - self._inserted[name] for name, value in residual.items()})
         u = self._canaries.project(residual)
         ratio = (u - 0.5) / self._noise[self._step] ** 2
         if self._rate is None:

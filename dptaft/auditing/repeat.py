@@ -23,11 +23,12 @@ from dptaft.auditing.canaries import (
     secret_coins,
 )
 from dptaft.auditing.engine import AuditLearner, StepObserver, watching
+from dptaft.auditing.noise_check import NoiseCheck
 from dptaft.auditing.recipe import Recipe, smooth_images
 from dptaft.data import ArrayPixels, ImageData, Split
 from dptaft.learner import Cached, Learner
 from dptaft.training.account import NoAccount
-from dptaft.training.clipping import Adjacency
+from dptaft.training.clipping import Adjacency, l2_sensitivity
 from dptaft.training.losses import LOSSES
 from dptaft.training.steps import Trained, train_steps
 
@@ -43,12 +44,14 @@ class Observed:
         included: the coins.
         participations: steps in which each canary slot was sampled.
         batch_sizes: per repetition, the number of sampled records and slots of every step.
+        noise: per repetition, the check of the noise that was added.
     """
 
     scores: Tensor
     included: Tensor
     participations: Tensor
     batch_sizes: tuple[tuple[int, ...], ...]
+    noise: tuple[NoiseCheck, ...]
 
 
 class Repeater:
@@ -122,7 +125,7 @@ class Repeater:
 
     def observe(self, canaries: Canaries, observer: str, repetitions: int = 1) -> Observed:
         """Train `repetitions` times, each with coins of its own, and score every canary."""
-        scores, coins, taken, sizes = [], [], [], []
+        scores, coins, taken, sizes, noise = [], [], [], [], []
         reference = None if observer == "all-iterates" else self._reference(canaries)
         for number in range(repetitions):
             included = secret_coins(len(canaries))
@@ -137,15 +140,18 @@ class Repeater:
             coins.append(included)
             taken.append(watcher.participations)
             sizes.append(tuple(watcher.batch_sizes))
+            noise.append(watcher.meter.result())
             if self._progress is not None:
                 self._progress("auditing", number + 1, repetitions)
-        return Observed(torch.cat(scores), torch.cat(coins), torch.cat(taken), tuple(sizes))
+        return Observed(torch.cat(scores), torch.cat(coins), torch.cat(taken), tuple(sizes), tuple(noise))
 
     def _watcher(self, canaries: Canaries) -> StepObserver:
         plan = self.recipe.prepared.plan
         noise = tuple(plan.noise_over_sensitivity * factor for factor in plan.noise_factors)
         hidden = plan.sampling.kind == "poisson" and plan.sampling.rate < 1
-        return StepObserver(canaries, noise, plan.normaliser, plan.sampling.rate if hidden else None)
+        sensitivity = l2_sensitivity(self.recipe.prepared.l2_clip_norm, self.adjacency)
+        rate = plan.sampling.rate if hidden else None
+        return StepObserver(canaries, noise, plan.normaliser, rate, sensitivity)
 
     def _train(self, canaries: Canaries, included: Tensor, watcher: StepObserver | None) -> Trained:
         return self._run(self.recipe.prepared, canaries, included, watcher)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dptaft.auditing.canaries import KINDS, AuditSetupError, Canaries
+from dptaft.auditing.noise_check import NoiseCheck
 from dptaft.auditing.recipe import OBSERVERS, Recipe, load_recipe
 from dptaft.auditing.repeat import Observed, Repeater, Report
 from dptaft.auditing.sampling_check import SamplingCheck, check_sampling
@@ -55,6 +56,7 @@ class AuditReport:
         any_mechanism: the bound of one run for every (epsilon, delta)-DP mechanism, beside it.
         sensitivity: the deterministic check.
         sampling: the check of the batches.
+        noise: the check of the noise that was added.
         delta: of the claim and of all bounds.
         data: what was trained on.
         private: whether private records were read.
@@ -71,6 +73,7 @@ class AuditReport:
     any_mechanism: Evidence
     sensitivity: SensitivityCheck
     sampling: SamplingCheck
+    noise: NoiseCheck
     delta: float
     data: str
     private: bool
@@ -79,7 +82,7 @@ class AuditReport:
     @property
     def verdict(self) -> Verdict:
         """``violation`` where the test or a deterministic check says so, else the test's verdict."""
-        if not (self.sensitivity.holds and self.sampling.holds):
+        if not (self.sensitivity.holds and self.sampling.holds and self.noise.holds):
             return "violation"
         return self.evidence.verdict
 
@@ -101,6 +104,7 @@ class AuditReport:
             "any_mechanism": self.any_mechanism.to_dict(),
             "sensitivity": self.sensitivity.to_dict(),
             "sampling": self.sampling.to_dict(),
+            "noise": self.noise.to_dict(),
             "data": self.data,
             "trained_on_private_records": self.private,
             "notes": list(self.notes),
@@ -153,7 +157,7 @@ def audit(
 
     Returns:
         The report; its `verdict` is ``violation`` at most with probability `significance` for a claim
-        that holds (plus 1e-9 for the sampling check).
+        that holds (plus about 1e-9 for the checks of noise and batches).
 
     Raises:
         ValueError: a run or an option that cannot be audited; one line that names the remedy.
@@ -183,6 +187,7 @@ def audit(
         any_mechanism=_any_mechanism(recipe, chosen, observed, significance),
         sensitivity=_sensitivity(recipe, repeater),
         sampling=_sampling(recipe, observed),
+        noise=next((found for found in observed.noise if not found.holds), observed.noise[0]),
         delta=recipe.delta,
         data=recipe.data.name,
         private=recipe.private,

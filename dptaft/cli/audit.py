@@ -112,6 +112,11 @@ def table(report: AuditReport, document: dict[str, Any]) -> str:
         ),
         ("exercised", report.exercises),
         ("sensitivity", f"measured {check.measured:.6g}, declared {check.declared:.6g} ({check.worst})"),
+        (
+            "noise",
+            report.noise.problem
+            or f"{report.noise.ratio:.4f} times the declared {report.noise.declared:.4g}",
+        ),
         ("batches", report.sampling.problem or f"as claimed ({report.sampling.claimed})"),
         ("data", f"{report.data}, {report.repetitions} repetition{'s' * (report.repetitions > 1)}"),
         *(("note", note) for note in report.notes),
