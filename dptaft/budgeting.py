@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dptaft.training.trainer import partial_folder
 from dptaft_accounting import Mechanism
 from dptaft_accounting.errors import CertificateError
 from dptaft_accounting.ledger import Budget, Cost, Entry, Ledger, LedgerError
-from dptaft_accounting.ledger_filter import Load, Part, decimal_up, stated
+from dptaft_accounting.ledger_filter import Load, Part, decimal_up, stated, total_load
 from dptaft_accounting.ledger_owner import is_gone
 from dptaft_accounting.ledger_rules import Account as Standing
 
@@ -241,8 +242,10 @@ def composition_fields(ledger: Ledger, entry: Entry, delta: float) -> dict[str, 
     Amounts are rounded up, what remains is rounded down. `total` holds for the neighbours that the budget
     names (zero-out without a budget).
     """
-    before, after = ledger.account(entry.dataset, without=entry.id), ledger.account(entry.dataset)
-    budget = after.budget
+    after = ledger.account(entry.dataset)
+    others = tuple(other for other in after.entries if other.id != entry.id)
+    spent_before = total_load((other.authorised, other.part) for other in others)
+    before, budget = replace(after, entries=others, spent=spent_before), after.budget
     fields: dict[str, Any] = {
         "ledger": ledger.id,
         "ledger_entry": entry.id,

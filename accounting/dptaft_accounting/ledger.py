@@ -370,13 +370,13 @@ class Ledger:
         """
         return self._read().entry(name)
 
-    def account(self, dataset: str, *, without: str | None = None) -> Account:
-        """The standing of a data set, optionally as if entry `without` were not there.
+    def account(self, dataset: str) -> Account:
+        """The standing of a data set at one moment.
 
         Raises:
             LedgerError: an unknown data set.
         """
-        return account(self._read(), dataset, without)
+        return account(self._read(), dataset)
 
     def datasets(self) -> list[str]:
         """Names of all data sets, in order of registration."""

@@ -159,7 +159,7 @@ class Cost:
         return cls(
             mu=Decimal("Infinity") if view is None else decimal_up(view.mu),
             residual_delta=ZERO if view is None else decimal_up(view.residual_delta),
-            epsilon=decimal_up(report.epsilon),
+            epsilon=stated(report.epsilon),  # rounded up to nine digits already
             delta=stated(delta),
         )
 

@@ -56,10 +56,10 @@ class Account:
         return max(found, float_down(self.budget.epsilon)) if whole else found
 
 
-def account(state: State, name: str, without: str | None = None) -> Account:
-    """The standing of a data set, optionally as if one entry were not there."""
+def account(state: State, name: str) -> Account:
+    """The standing of a data set."""
     dataset = known_dataset(state, name)
-    entries = tuple(entry for entry in state.of(name) if entry.id != without)
+    entries = tuple(state.of(name))
     taken = _taken(entries, dataset.budget)
     return Account(
         dataset=name,

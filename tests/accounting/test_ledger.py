@@ -155,8 +155,8 @@ def test_a_live_owner_is_not_closed_without_insisting(ledger):
     entry = reserve(ledger, 0.7)
     with pytest.raises(LedgerError, match="still runs; end it first, or say --force"):
         ledger.close(entry.id)
+    spent = spend(ledger, 0.1)
     with pytest.raises(LedgerError, match="not open"):
-        spent = spend(ledger, 0.1)
         ledger.close(spent.id)
 
 
@@ -373,7 +373,7 @@ def test_the_sum_filter_adds_epsilon_and_delta(ledger):
     for _ in range(2):
         entry = reserve(ledger, epsilon_to_mu(1.4, 1e-5))
         ledger.commit(entry.id, entry.token, entry.reserved, gaussian(0.3))
-    with pytest.raises(BudgetExceededError, match="the largest epsilon at delta 1e-05 that fits is 0.2"):
+    with pytest.raises(BudgetExceededError, match=r"at delta 1e-05 that fits is 0\.2"):
         reserve(ledger, epsilon_to_mu(0.3, 1e-5))
     entry = reserve(ledger, epsilon_to_mu(0.1, 1e-5))
     ledger.commit(entry.id, entry.token, entry.reserved, gaussian(0.3))
