@@ -11,6 +11,7 @@ import click
 _COMMANDS = {
     "train": ("dptaft.cli.train", "train"),
     "predict": ("dptaft.cli.predict", "predict"),
+    "sweep": ("dptaft.cli.sweep", "sweep"),
     "compose": ("dptaft.cli.compose", "compose"),
     "remove": ("dptaft.cli.remove", "remove"),
     "budget": ("dptaft.cli.budget", "budget"),
