@@ -7,6 +7,7 @@ the work of the training code (docs/guarantees.md).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,8 +21,8 @@ from dptaft.ledger_check import LEDGER_NAME, ledger_problems
 from dptaft.revision import source_revision
 from dptaft.runs import CONFIG, HASHED, METRICS, STATEMENT, RunError, file_problems, read_config, read_privacy
 from dptaft_accounting import PrivacyStatement
-from dptaft_accounting.convexity import ConvexityCertificate
-from dptaft_accounting.errors import AccountingError
+from dptaft_accounting.convexity import ConvexityCertificate, LossConstants
+from dptaft_accounting.errors import AccountingError, CertificateError
 from dptaft_accounting.policy import Policy
 from dptaft_accounting.second_opinion import SecondOpinion, second_opinion
 
@@ -132,7 +133,7 @@ def verify(
     checks += answers
     second, answer = _second(statement)
     checks.append(answer)
-    checks += _certificate(statement)
+    checks += _certificate(statement, _classes(place) if whole else None)
     if whole:
         checks += _agreement(place, statement)
     checks += _ledger(place, statement, ledger)
@@ -186,13 +187,20 @@ def _second(statement: PrivacyStatement) -> tuple[SecondOpinion, Check]:
     return second, Check("second accountant", PASSED, words)
 
 
-def _certificate(statement: PrivacyStatement) -> Iterator[Check]:
+def _classes(folder: Path) -> int | None:
+    """Number of classes of a run, None where its configuration does not say."""
+    with contextlib.suppress(RunError, TypeError):
+        return len(read_config(folder)["data"]["classes"])
+    return None
+
+
+def _certificate(statement: PrivacyStatement, classes: int | None) -> Iterator[Check]:
     raw = statement.accounting.get("certificate")
     if raw is None:
         return
     try:
         own = ConvexityCertificate.from_dict(raw)
-        again = _reissue(own)
+        again = _reissue(own, classes)
     except (AccountingError, KeyError, TypeError, ValueError) as error:
         yield Check("certificate", FAILED, f"it cannot be issued again from its parts: {error}")
         return
@@ -201,10 +209,26 @@ def _certificate(statement: PrivacyStatement) -> Iterator[Check]:
     yield _result("certificate", [f"{name} does not follow from its parts" for name in names], fine)
 
 
-def _reissue(own: ConvexityCertificate) -> ConvexityCertificate:
+def _constants(loss: str, classes: int | None) -> LossConstants | None:
+    """Constants of the losses of training, which are named after their formulas; None for the others.
+
+    Cross-entropy: gradient sqrt 2, curvature 1/2. Huberised square loss (1/C) h(|e|) with threshold 15:
+    gradient 2 * 15/C, curvature 2/C (`dptaft.training.losses` derives both).
+    """
+    if loss == "cross-entropy":
+        return LossConstants(math.sqrt(2.0), 0.5, scalar=False)
+    if loss == "huber-square":
+        if not classes:
+            raise CertificateError("the number of classes is needed; verify the whole run")
+        return LossConstants(30.0 / classes, 2.0 / classes, scalar=False)
+    return None
+
+
+def _reissue(own: ConvexityCertificate, classes: int | None) -> ConvexityCertificate:
     origin = own.origin
     return ConvexityCertificate.issue(
         loss=origin["loss"],
+        constants=_constants(origin["loss"], classes),
         feature_bound=float(origin["feature_bound"]),
         l2_clip_norm=own.l2_clip_norm,
         regularization=own.strong_convexity,

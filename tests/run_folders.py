@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from dptaft.runs import hash_files, load_run, write_config, write_metrics, write_no_claim, write_statement
 from dptaft_accounting import PrivacyStatement
 from dptaft_accounting.canonical import content_id, dumps
-from dptaft_accounting.convexity import ConvexityCertificate
+from dptaft_accounting.convexity import ConvexityCertificate, LossConstants
 from dptaft_accounting.mechanisms import FullBatchGaussian, PoissonGaussian
 
 FULL = FullBatchGaussian(10.0, 50)
@@ -19,7 +19,8 @@ AES = "AES-256-CTR, key from operating-system entropy"
 
 def proof(steps=50, **changes):
     values = {
-        "loss": "multinomial-logistic",
+        "loss": "cross-entropy",
+        "constants": LossConstants(2**0.5, 0.5, scalar=False),
         "feature_bound": 0.7,
         "l2_clip_norm": 1.0,
         "regularization": 0.1,

@@ -16,6 +16,7 @@ from run_folders import (
     CONVEX,
     FULL,
     POISSON,
+    details,
     leaves,
     make_baseline,
     make_run,
@@ -29,6 +30,7 @@ from dptaft.cli import main
 from dptaft.runs import RunError, load_run
 from dptaft.verification import verify
 from dptaft_accounting.canonical import content_id, dumps
+from dptaft_accounting.convexity import LossConstants
 from dptaft_accounting.ledger import Cost, Ledger
 from dptaft_accounting.policy import Policy
 
@@ -379,3 +381,21 @@ def test_it_needs_no_torch_and_less_than_two_seconds(run):
     start = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(out) < 2, time.perf_counter() - start
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "huber-square"])
+def test_constants_of_losses_are_those_of_training(name):
+    from dptaft import verification
+    from dptaft.training.certified import loss_constants
+    from dptaft.training.losses import LOSSES
+
+    assert verification._constants(name, 7) == loss_constants(LOSSES[name](), 7)
+
+
+def test_certificates_of_the_other_loss_need_the_number_of_classes(tmp_path):
+    issued = proof(loss="huber-square", constants=LossConstants(15.0, 1.0, scalar=False), l2_clip_norm=20.0)
+    group = details(CONVEX) | {"l2_clip_norm": 20.0, "noise_std": 200.0, "sensitivity": 20.0}
+    folder = make_run(tmp_path / "c", CONVEX, certificate=issued, details=group).path
+    assert verify(folder).passed
+    alone = shutil.copy(folder / "privacy.json", tmp_path / "alone.json")
+    assert [c.name for c in verify(alone).failures] == ["certificate"]
