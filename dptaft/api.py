@@ -40,6 +40,7 @@ def train(
     sampling: str = "auto",
     expected_batch_size: int | None = None,
     insecure_seed: int | None = None,
+    certified: bool = False,
     optimizer: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     public_data: bool = False,
@@ -77,6 +78,8 @@ def train(
         sampling: ``auto``, ``full-batch``, ``poisson`` or ``cyclic-partition``.
         expected_batch_size: for Poisson samples and cyclic parts.
         insecure_seed: seeds noise and samples, for debugging; voids the claim.
+        certified: train a convex loss on unit Jacobians within a certificate, to convergence, and claim the
+            final weights alone; step size, regularisation, steps and noise are planned (docs/certified.md).
         optimizer: fields of `dptaft.training.optimizers.OptimizerConfig`; others take public defaults.
         classes: declared class names.
         public_data: declare the images a public benchmark (its class list is then public too).
@@ -110,6 +113,7 @@ def train(
             expected_batch_size=expected_batch_size,
             public_size=public_size,
             insecure_seed=insecure_seed,
+            certified=certified,
         ),
         model=ModelConfig(
             name=model,
@@ -123,6 +127,7 @@ def train(
             centered=centered,
             fresh_class_token=fresh_class_token,
             reinitialised_blocks=reinitialised_blocks,
+            unit_jacobian=certified,
         ),
         optimizer=dict(optimizer or {}),
         performance=PerformanceConfig(device, engine, physical_batch_size, feature_cache),

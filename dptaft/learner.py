@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from dptaft.backbones import Backbone, describe_preprocessing
 from dptaft.data import Split
 from dptaft.features import build_features, feature_key
+from dptaft.tangent.bounded import BoundedOperator
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.cut import Above
 from dptaft.tangent.dual_operator import DualOperator
 from dptaft.tangent.initialise import reinitialise_blocks
 from dptaft.tangent.model import TangentModel
-from dptaft.tangent.operator import Features
+from dptaft.tangent.operator import Features, TangentOperator
 from dptaft.training.clipping import Adjacency
 from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import Loss
@@ -64,8 +65,7 @@ class Learner:
             fresh_cls_token_seed=model.seed if model.fresh_class_token else None,
         )
         self.engine_kind = self._choose_engine()
-        fused = self.engine_kind == "fused"
-        self.operator = tangent_operator(self.tangent) if fused else DualOperator(self.tangent)
+        self.operator = self._build_operator()
         self._module, self.parameters = self._build_module()
 
     @property
@@ -86,6 +86,8 @@ class Learner:
 
     def _choose_engine(self) -> str:
         asked = self.performance.engine
+        if self.config.unit_jacobian and asked in ("hooks", "ghost"):
+            raise PlanError(f"engine {asked} does not bound Jacobians; use engine fused")
         if self.config.method == "non-linear":
             if asked == "fused":
                 raise PlanError(
@@ -98,9 +100,20 @@ class Learner:
             )
         return "fused" if asked == "auto" else asked
 
+    def _build_operator(self) -> TangentOperator:
+        operator = (
+            tangent_operator(self.tangent) if self.engine_kind == "fused" else DualOperator(self.tangent)
+        )
+        return BoundedOperator(operator) if self.config.unit_jacobian else operator
+
     def _build_module(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         if self.config.method == "tangent":
-            return FromBoundary(self.tangent), self.tangent.theta()
+            theta = self.tangent.theta()
+            if (
+                self.config.unit_jacobian
+            ):  # float64: the rounding of an update is no part of the certified step
+                theta = {name: nn.Parameter(value.detach().double()) for name, value in theta.items()}
+            return FromBoundary(self.tangent), theta
         above = Above(copy.deepcopy(self.backbone.model), self.tangent.cut).requires_grad_(False)
         chosen = {name: above.get_parameter(f"model.{name}") for name in self.tangent.names}
         for parameter in chosen.values():

@@ -183,11 +183,13 @@ class ConvexityCertificate:
         momentum: float = 0.0,
         released_iterate: str = "last",
         origin: Mapping[str, str] | None = None,
+        constants: LossConstants | None = None,
     ) -> ConvexityCertificate:
         """Issues a certificate from what the training enforces.
 
         Args:
-            loss: one of `LOSSES`, a convex function of outputs that are affine in the weights.
+            loss: one of `LOSSES`, a convex function of outputs that are affine in the weights; with
+                `constants` the name of any other one.
             feature_bound: K, largest operator norm of an example's Jacobian (outputs by weights); for a
                 linear model with scalar output the largest norm of a feature vector.
             l2_clip_norm: C, to which the noise is scaled.
@@ -207,6 +209,7 @@ class ConvexityCertificate:
             momentum: must be 0.
             released_iterate: must be `last`; `average`, `best` or `all` release other iterates.
             origin: where numbers come from, kept in the record.
+            constants: of a convex loss that `LOSSES` does not list; whoever passes them vouches for them.
 
         Raises:
             CertificateError: the assumption that fails and what would satisfy it.
@@ -218,7 +221,8 @@ class ConvexityCertificate:
         (0.9,)
         """
         _refuse_other_algorithms(optimizer, momentum, released_iterate)
-        gradient, smoothness = _loss_constants(loss, feature_bound, l2_clip_norm, gradient_clipping)
+        known = _constants(loss, constants)
+        gradient, smoothness = _bounds(loss, known, feature_bound, l2_clip_norm, gradient_clipping)
         if max_batch_size is None:
             max_batch_size = _largest_batch(sampling, records, batches_per_epoch, adjacency)
         derived = {
@@ -312,12 +316,23 @@ def _refuse_other_algorithms(optimizer: str, momentum: float, released_iterate: 
         )
 
 
-def _loss_constants(loss: str, feature_bound: float, clip: float, clipped: bool) -> tuple[float, float]:
-    if loss not in LOSSES:
-        raise CertificateError(
-            f"loss {loss!r} is not known to be convex; known losses: {', '.join(sorted(LOSSES))}"
-        )
-    constants = LOSSES[loss]
+def _constants(loss: str, given: LossConstants | None) -> LossConstants:
+    if given is None:
+        if loss not in LOSSES:
+            raise CertificateError(
+                f"loss {loss!r} is not known to be convex; known losses: {', '.join(sorted(LOSSES))}"
+            )
+        return LOSSES[loss]
+    if loss in LOSSES and given != LOSSES[loss]:
+        raise CertificateError(f"loss {loss!r} has constants of its own; leave constants out")
+    check.positive("curvature", given.curvature, CertificateError)
+    return given
+
+
+def _bounds(
+    loss: str, constants: LossConstants, feature_bound: float, clip: float, clipped: bool
+) -> tuple[float, float]:
+    """Largest gradient norm and smoothness of one example's loss in the weights."""
     bound = check.positive("feature_bound", feature_bound, CertificateError)
     check.positive("l2_clip_norm", clip, CertificateError)
     if clipped and not constants.scalar:

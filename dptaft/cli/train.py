@@ -17,6 +17,19 @@ _OPTIMIZER_FIELDS = ("kind", "learning_rate", "momentum", "l2_regularization", "
 _SCHEDULES = ("learning_rate_schedule", "noise_schedule")
 
 
+class Steps(click.ParamType):
+    """A whole number, or `auto` for the public default."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number; None for `auto`."""
+        return None if value == "auto" else int(click.INT.convert(value, param, ctx))
+
+
+STEPS = Steps()
+
+
 @click.command()
 @click.option(
     "--epsilon", type=float, help="Privacy budget to spend at most; inf for a baseline without privacy."
@@ -49,7 +62,12 @@ _SCHEDULES = ("learning_rate_schedule", "noise_schedule")
     default="cross-entropy",
     show_default=True,
 )
-@click.option("--steps", type=int, help="Gradient steps.  [default: by size and budget]")
+@click.option("--steps", type=STEPS, help="Gradient steps, or auto.  [default: auto, by size and budget]")
+@click.option(
+    "--certified",
+    is_flag=True,
+    help="Convex training within a certificate, to convergence; claims the final weights alone.",
+)
 @click.option(
     "--clip-norm", "l2_clip_norm", type=float, help="Bound on one record's gradient.  [default: relative]"
 )
@@ -179,6 +197,8 @@ def summary(run: Run) -> dict[str, Any]:
         "delta": statement.claim["delta"],
         "mu": None if mu is None else mu["mu"],
         "bound": statement.accounting["bound"],
+        "bounds": {bound["name"]: bound["epsilon"] for bound in statement.accounting["bounds"]},
+        "released": statement.claim["released"],
         "noise_multiplier": record["noise_multiplier"],
         "noise_std": details["noise_std"],
         "l2_clip_norm": details["l2_clip_norm"],
@@ -221,6 +241,11 @@ def _privacy_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     mu = facts["mu"]
     return [
         ("epsilon", f"{up(facts['epsilon'], 6)} at delta {up(facts['delta'], 3)} ({facts['bound']})"),
+        *(
+            ("beside it", f"epsilon {up(value, 6)} ({name})")
+            for name, value in facts["bounds"].items()
+            if name != facts["bound"] and value is not None
+        ),
         ("mu", f"{up(mu, 6)} (Gaussian differential privacy)" if mu is not None else "not exactly Gaussian"),
         ("noise multiplier", f"{shown} (standard deviation {facts['noise_std']:.5g} on the clipped sum)"),
         ("steps", f"{facts['steps']} ({facts['sampling']})"),

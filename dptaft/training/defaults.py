@@ -10,14 +10,14 @@ learning rate are stated for the rescaled model J/s, whose natural units are log
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dptaft.backbones import Preprocessing
+from dptaft.backbones import Backbone, Preprocessing
 from dptaft.learner import Learner
-from dptaft.training.plan import PrivacyConfig
+from dptaft.training.plan import ModelConfig, PerformanceConfig, PrivacyConfig
 from dptaft.training.sampling import automatic_sampling_rate
 from dptaft_accounting import epsilon_to_mu
 
@@ -100,6 +100,39 @@ def jacobian_scale(learner: Learner) -> float:
             "choose another scope or other weights"
         )
     return float(f"{scale:.4g}")
+
+
+@torch.no_grad()
+def balance_head(backbone: Backbone, model: ModelConfig) -> None:
+    """Scale a random head so that head and blocks have Jacobians of the same norm, on synthetic images.
+
+    The Jacobian of the blocks is proportional to the head's weights, that of the head itself does not depend
+    on them, so one factor decides how the unit norm of a bounded Jacobian is shared. The root mean squares of
+    the two operator norms are made equal; the factor is rounded to four digits, so that every machine finds
+    the same one.
+
+    Args:
+        backbone: with its random head, which is scaled in place.
+        model: whose scope has blocks below the head.
+    """
+    squares = []
+    for scope in ("head", model.scope):
+        learner = Learner(
+            backbone, replace(model, scope=scope, unit_jacobian=False), PerformanceConfig("cpu")
+        )
+        images = synthetic_images(PUBLIC_IMAGES, backbone.preprocessing)
+        grams = learner.operator.gram(learner.operator.extract(learner.tangent.boundary(images))).double()
+        squares.append(grams)
+    head, both = squares
+    share = [torch.linalg.eigvalsh(part)[:, -1].mean() for part in (head, both - head)]
+    factor = math.sqrt(float(share[0] / share[1]))
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(
+            f"the Jacobian of {backbone.name} cannot be balanced (factor {factor}); use scope head"
+        )
+    classifier = backbone.model.get_classifier()
+    for layer in classifier if isinstance(classifier, tuple) else (classifier,):
+        layer.weight.mul_(float(f"{factor:.4g}"))
 
 
 def automatic_rate(learner: Learner, privacy: PrivacyConfig, num_records: int, steps: int) -> float:

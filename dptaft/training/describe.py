@@ -15,13 +15,14 @@ from dptaft.training.noise import FLOAT_MITIGATION, NoiseSource, noise_std
 from dptaft.training.optimizers import OptimizerConfig, PrivateOptimizer
 from dptaft.training.plan import ModelConfig, Plan, Request
 from dptaft.training.vouching import assumptions, data_accesses
-from dptaft_accounting import PrivacyStatement
+from dptaft_accounting import ConvexityCertificate, PrivacyStatement
 
 _PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
 SEEDED = (
     "noise and sampling were seeded (--insecure-seed): whoever knows the seed can undo them, "
     "so no privacy is claimed and no budget is charged"
 )
+_BOUNDED = "none acts: unit Jacobians keep every gradient below the clip norm"
 NOISELESS = "epsilon is infinite: a non-private baseline without noise; no budget is charged"
 
 
@@ -45,18 +46,21 @@ def build_statement(
     charged: Mapping[str, Any],
     utility: Mapping[str, Any],
     admin: Mapping[str, Any],
+    certificate: ConvexityCertificate | None = None,
 ) -> PrivacyStatement:
     """Account all executed steps and write down claim, mechanism and circumstances.
 
     `executed` numbers all steps that may have touched the data, repeated ones again; `completed` is how many
     of them the released weights contain; `private` is the optimiser that added the noise, `charged` what the
-    account says. The published standard deviation is the least of all steps.
+    account says. The published standard deviation is the least of all steps. `certificate` covers the
+    executed steps of a certified run.
     """
     return PrivacyStatement.build(
         plan.mechanism(executed),
         plan.delta,
+        certificate=certificate,
         unit="one training record",
-        claim=_claim(data, request, plan, backbone),
+        claim=_claim(data, request, plan, backbone, certificate),
         details=_details(request, plan, optimizer, private, executed),
         composition=_composition(request) | dict(charged),
         implementation=_implementation(plan),
@@ -65,7 +69,13 @@ def build_statement(
     )
 
 
-def _claim(data: ImageData, request: Request, plan: Plan, backbone: Mapping[str, str]) -> dict[str, Any]:
+def _claim(
+    data: ImageData,
+    request: Request,
+    plan: Plan,
+    backbone: Mapping[str, str],
+    certificate: ConvexityCertificate | None,
+) -> dict[str, Any]:
     not_protected = ["side channels: timing, memory, files on the training machine"]
     if data.evaluation is not None:
         not_protected.insert(0, "the evaluation images: their accuracy is published as it is")
@@ -80,7 +90,7 @@ def _claim(data: ImageData, request: Request, plan: Plan, backbone: Mapping[str,
             f"number of classes: {len(data.classes)}",
         ],
         "data_accesses": data_accesses(data, request, tuned=bool(_chosen(request))),
-        "assumptions": assumptions(data, request, plan, backbone),
+        "assumptions": assumptions(data, request, plan, backbone, certificate),
     }
 
 
@@ -128,7 +138,8 @@ def _chosen(request: Request) -> list[str]:
     if request.privacy.sampling != "auto":
         privacy.append("sampling")
     default = asdict(ModelConfig())
-    model = [name for name, value in asdict(request.model).items() if value != default[name]]
+    chosen = {name for name, value in asdict(request.model).items() if value != default[name]}
+    model = sorted(chosen - {"unit_jacobian"})  # a part of certified training
     return privacy + model + sorted(request.optimizer)
 
 
@@ -146,7 +157,9 @@ def _details(
         dimension=private.dimension,
     )
     return {
-        "clipping": "exact joint L2 norm of every record's gradient",
+        "clipping": _BOUNDED
+        if request.privacy.certified
+        else "exact joint L2 norm of every record's gradient",
         "l2_clip_norm": private.max_grad_norm,
         "noise_std": least_noise,
         "sensitivity": sensitivity,

@@ -108,6 +108,7 @@ def write_run(
         charged=charged,
         utility=_utility(metrics),
         admin=admin,
+        certificate=prepared.spending(trained.executed).certificate,
     )
     write_statement(folder, statement)
 

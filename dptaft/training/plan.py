@@ -7,11 +7,12 @@ learned, `PerformanceConfig` only how fast; no performance setting can reach the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dptaft_accounting import (
+    ConvexityCertificate,
     CyclicGaussian,
     FullBatchGaussian,
     Mechanism,
@@ -56,6 +57,7 @@ class PrivacyConfig:
         expected_batch_size: of Poisson samples and cyclic parts.
         public_size: public constant that normalises sums in place of the number of records.
         insecure_seed: makes noise and samples reproducible, which voids every claim.
+        certified: train a convex loss within a certificate and claim the last iterate alone.
 
     Raises:
         PlanError: a value out of range.
@@ -70,6 +72,7 @@ class PrivacyConfig:
     expected_batch_size: int | None = None
     public_size: int | None = None
     insecure_seed: int | None = None
+    certified: bool = False
 
     def __post_init__(self) -> None:
         _require(
@@ -124,6 +127,7 @@ class ModelConfig:
         centered: drop the offset f(x; w0) of the tangent model.
         fresh_class_token: replace the class token at the first linearised block.
         reinitialised_blocks: number of last blocks that start afresh.
+        unit_jacobian: divide the Jacobian of every image by its norm (certified training needs it).
     """
 
     name: str = "starter"
@@ -137,6 +141,7 @@ class ModelConfig:
     centered: bool = True
     fresh_class_token: bool = False
     reinitialised_blocks: int = 0
+    unit_jacobian: bool = False
 
     def __post_init__(self) -> None:
         _choice("method", self.method, METHODS)
@@ -148,6 +153,11 @@ class ModelConfig:
         _require(
             self.method == "tangent" or (self.centered and not self.fresh_class_token),
             "an uncentred offset and a fresh class token belong to tangent models; use method tangent",
+        )
+        _require(
+            self.method == "tangent" or not self.unit_jacobian,
+            "certified training needs logits that are linear in the weights, which method "
+            f"{self.method} does not have; use method tangent",
         )
 
 
@@ -243,6 +253,7 @@ class Plan:
         noise_factors: per-step factors on it (all 1 without a schedule).
         adjacency: of the claim.
         normaliser: public divisor of the noised sum.
+        released: `all-iterates`, or `last-iterate` for a certified run.
     """
 
     delta: float
@@ -252,6 +263,7 @@ class Plan:
     noise_factors: tuple[float, ...] = field(repr=False)
     adjacency: str
     normaliser: float
+    released: str = "all-iterates"
 
     @property
     def noise_over_sensitivity(self) -> float:
@@ -287,8 +299,11 @@ def make_plan(
     steps: int,
     sampling: Sampling,
     noise_factors: tuple[float, ...] | None = None,
+    certify: Callable[[Mechanism], ConvexityCertificate] | None = None,
 ) -> Plan:
     """Calibrate the noise so that the planned mechanism spends at most the requested epsilon.
+
+    With `certify` only the last iterate is released, and the noise is calibrated against the best bound.
 
     Raises:
         PlanError: a combination without a sound bound, or a target that no noise reaches.
@@ -307,17 +322,18 @@ def make_plan(
         noise_factors=factors,
         adjacency=privacy.adjacency,
         normaliser=(privacy.public_size or num_records) * sampling.rate,
+        released="all-iterates" if certify is None else "last-iterate",
     )
     if math.isinf(privacy.epsilon):
         return plan
     target = Target(epsilon=float(privacy.epsilon), delta=delta)
-    noise = calibrate_noise_multiplier(lambda z: _record(plan, z, None), target)
+    noise = calibrate_noise_multiplier(lambda z: _record(plan, z, None), target, certificate=certify)
     return replace(plan, noise_multiplier=noise)
 
 
 def _record(plan: Plan, noise: float, executed: tuple[int, ...] | None) -> Mechanism:
     numbers = tuple(range(plan.steps)) if executed is None else executed
-    kind, common = plan.sampling.kind, {"adjacency": plan.adjacency}
+    kind, common = plan.sampling.kind, {"adjacency": plan.adjacency, "released": plan.released}
     if kind == "full-batch":
         values = tuple(noise * plan.noise_factors[i] for i in numbers)
         same = len(set(values)) == 1

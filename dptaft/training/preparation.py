@@ -11,14 +11,23 @@ from torch import Tensor
 from dptaft.backbones import load_backbone
 from dptaft.data import ImageData
 from dptaft.learner import Learner
+from dptaft.tangent.bounded import BoundedOperator
 from dptaft.training.account import Spending
-from dptaft.training.defaults import automatic_rate, default_hyperparameters, jacobian_scale
+from dptaft.training.certified import Design, design
+from dptaft.training.defaults import (
+    automatic_rate,
+    balance_head,
+    default_hyperparameters,
+    jacobian_scale,
+)
 from dptaft.training.losses import LOSSES
 from dptaft.training.optimizers import OptimizerConfig
 from dptaft.training.plan import (
     Plan,
     PlanError,
+    PrivacyConfig,
     Request,
+    Sampling,
     default_delta,
     make_plan,
     resolve_sampling,
@@ -29,19 +38,34 @@ from dptaft_accounting import ConvexityCertificate
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run ready to read private images: model, plan, public hyperparameters."""
+    """A run ready to read private images: model, plan, public hyperparameters.
+
+    `design` is what a certified run enforces; None for other runs.
+    """
 
     learner: Learner
     plan: Plan
     optimizer: OptimizerConfig
     l2_clip_norm: float
     head: Mapping[str, Tensor]
-    certificate: ConvexityCertificate | None = None
+    design: Design | None = None
+
+    @property
+    def certificate(self) -> ConvexityCertificate | None:
+        """Of the planned steps; None for a run that is not certified, or has no noise."""
+        return self.spending().certificate
 
     def spending(self, executed: tuple[int, ...] | None = None) -> Spending:
-        """Cost of the planned steps, or of the steps that were executed (numbers, repeated ones again)."""
-        noisy = self.plan.noise_multiplier > 0
-        return Spending(self.plan.mechanism(executed) if noisy else None, self.certificate, self.plan.delta)
+        """Cost of the planned steps, or of the steps that were executed (numbers, repeated ones again).
+
+        For a certified run an execution whose result was lost counts as one more step of the chain: the bound
+        of a longer chain is never smaller, and the lost iterate stays in the private folder.
+        """
+        if self.plan.noise_multiplier == 0:
+            return Spending(None, None, self.plan.delta)
+        mechanism = self.plan.mechanism(executed)
+        certificate = None if self.design is None else self.design.certify(mechanism)
+        return Spending(mechanism, certificate, self.plan.delta)
 
 
 def build_learner(data: ImageData, request: Request) -> Learner:
@@ -52,6 +76,8 @@ def build_learner(data: ImageData, request: Request) -> Learner:
     backbone = load_backbone(
         model.name, num_classes=len(data.classes), seed=model.seed, weights=model.weights, head=model.head
     )
+    if model.unit_jacobian and model.head == "random" and model.scope != "head":
+        balance_head(backbone, model)
     return Learner(backbone, model, request.performance)
 
 
@@ -70,8 +96,9 @@ def prepare(data: ImageData, request: Request, learner: Learner | None = None) -
     learner = build_learner(data, request) if learner is None else learner
     if learner.config != request.model:
         raise PlanError("the shared learner was built for another model; build one for this request")
-    classifier = learner.backbone.model.get_classifier()
-    head = {"weight": classifier.weight.detach().clone(), "bias": classifier.bias.detach().clone()}
+    if privacy.certified:
+        return _prepare_certified(data, request, learner)
+    head = _head(learner)
     records = privacy.public_size or len(data.train)
     delta = privacy.delta if privacy.delta is not None else default_delta(records)
     defaults = default_hyperparameters(records, privacy.epsilon, delta)
@@ -97,3 +124,69 @@ def prepare(data: ImageData, request: Request, learner: Learner | None = None) -
     )
     clip = privacy.l2_clip_norm or defaults.relative_clip_norm * scale
     return Prepared(learner, plan, optimizer, clip, head)
+
+
+def _head(learner: Learner) -> dict[str, Tensor]:
+    classifier = learner.backbone.model.get_classifier()
+    return {"weight": classifier.weight.detach().clone(), "bias": classifier.bias.detach().clone()}
+
+
+def _prepare_certified(data: ImageData, request: Request, learner: Learner) -> Prepared:
+    """A plan inside a convexity certificate; the noise is calibrated against the best bound that holds.
+
+    Solvers without steps start from the same bounded learner and loss constants, in place of `design`.
+    """
+    privacy = request.privacy
+    if not isinstance(learner.operator, BoundedOperator):
+        raise PlanError("certified training needs unit Jacobians; set unit_jacobian in the model")
+    records = privacy.public_size or len(data.train)
+    if len(data.train) > records:
+        raise PlanError(
+            f"the certificate covers at most the public size {records}, which the data exceed; raise it"
+        )
+    delta = privacy.delta if privacy.delta is not None else default_delta(records)
+    found = design_for(
+        privacy, request.model.loss, len(data.classes), records, delta, request.optimizer, learner
+    )
+    optimizer = OptimizerConfig(
+        kind="sgd", learning_rate=found.step_size, l2_regularization=found.regularization
+    )
+    plan = make_plan(
+        privacy,
+        num_records=len(data.train),
+        steps=found.steps,
+        sampling=found.sampling,
+        certify=found.certify,
+    )
+    return Prepared(learner, plan, optimizer, found.l2_clip_norm, _head(learner), found)
+
+
+def design_for(
+    privacy: PrivacyConfig,
+    loss: str,
+    num_classes: int,
+    records: int,
+    delta: float,
+    optimizer: Mapping[str, Any],
+    learner: Learner,
+) -> Design:
+    """The design of a certified run; a full batch too slow for this model becomes Poisson sampling."""
+    made = LOSSES[loss]()
+
+    def with_sampling(sampling: Sampling) -> Design:
+        return design(
+            privacy,
+            made,
+            num_classes,
+            num_records=records,
+            delta=delta,
+            sampling=sampling,
+            optimizer=optimizer,
+        )
+
+    if privacy.sampling != "auto":
+        return with_sampling(resolve_sampling(privacy, records))
+    whole = with_sampling(Sampling("full-batch"))
+    rate = automatic_rate(learner, privacy, records, whole.steps)
+    sampling = resolve_sampling(privacy, records, rate)
+    return whole if sampling.kind == "full-batch" else with_sampling(sampling)

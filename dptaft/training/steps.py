@@ -165,6 +165,8 @@ class RunState:
             raise PlanError(
                 "the weights diverged, and the budget is spent; lower the learning rate in a new run"
             )
+        if self.prepared.design is not None:  # updated in float64, released in the precision of the model
+            weights = {name: value.float() for name, value in weights.items()}
         return Trained(weights, self.private, self._charged(), self._checkpointer.progress.completed)
 
     def close(self) -> None:
