@@ -204,7 +204,7 @@ def quantisation(noise_std: float, dimension: int) -> float:
     """Largest distance between a Gaussian vector and its rounding to the public grid of the noise source.
 
     Example:
-        >>> quantisation(2.0, 200_000) < 1e-5
+        >>> quantisation(2.0, 200_000) < 2e-5
         True
     """
     return noise_std * math.sqrt(dimension) * _GRID

@@ -218,7 +218,7 @@ def releases(found, count, seed=0, width=WIDTH):
 
 
 def within(values, std, slack=0.01):
-    """Whether the root mean square of all values is `std` within 1 %, two standard errors of 16,000 values."""
+    """Whether the root mean square of all values is `std` within 1 %, over three standard errors of 60,000 values."""
     measured = math.sqrt(float(values.square().mean()))
     return abs(measured / std - 1) < slack
 
@@ -227,7 +227,7 @@ def test_output_noise_of_whole_releases():
     found = plan("output-perturbation", gradient_tolerance=1e-4)
     features, labels = records(width=99)
     made = SoftmaxProblem(operator(width=99), features, labels, regularization=found.regularization)
-    residual = releases(found, 54, width=99) - minimise(made, 1e-9).weights
+    residual = releases(found, 200, width=99) - minimise(made, 1e-9).weights
     assert within(residual, found.output_noise_std)
     assert not within(0.98 * residual, found.output_noise_std)
     assert stats.kstest((residual / found.output_noise_std).flatten().numpy(), "norm").pvalue > 1e-3
@@ -238,7 +238,7 @@ def test_objective_noise_of_whole_releases():
     found = plan("objective-perturbation")
     features, labels = records(width=99)
     rest = SoftmaxProblem(operator(width=99), features, labels, regularization=found.regularization)
-    recovered = torch.stack([-rest.gradient(w, rest.products(w)) for w in releases(found, 54, width=99)])
+    recovered = torch.stack([-rest.gradient(w, rest.products(w)) for w in releases(found, 200, width=99)])
     # the output noise moves the recovered b by its own size times the curvature
     assert found.output_noise_std * found.regularization < 0.011 * found.noise_std
     assert within(recovered, found.noise_std)
