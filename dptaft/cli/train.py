@@ -134,6 +134,14 @@ STEPS = Steps()
 @click.option(
     "--reinitialised-blocks", type=int, default=0, show_default=True, help="Last blocks that start afresh."
 )
+@click.option(
+    "--shards",
+    help="Disjoint shards, one run each below --output: a number of random ones, or a column.",
+)
+@click.option(
+    "--shards-of", type=click.Path(path_type=Path), help="Add a shard with this data to a folder of shards."
+)
+@click.option("--public-shards", type=int, help="Draw random shards from this public number, not secretly.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<id>]")
 @click.option(
     "--ledger",
@@ -148,7 +156,8 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
 
     With no option but --epsilon it trains on scikit-learn's handwritten digits with the bundled backbone.
     """
-    if options["epsilon"] is None:
+    shards = {name: options.pop(name) for name in ("shards", "shards_of", "public_shards")}
+    if options["epsilon"] is None and shards["shards_of"] is None:
         raise click.UsageError("give --epsilon, for example --epsilon 3 (or inf for no privacy)")
     if options.pop("no_ledger"):
         if options["ledger"] is not None:
@@ -168,7 +177,13 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
     names = None if classes is None else [name.strip() for name in classes.split(",")]
     try:
         with Bars() as bars:
-            run = dptaft.train(optimizer=optimizer, classes=names, progress=bars, **options)
+            common = {"classes": names, "progress": bars}
+            if any(value is not None for value in shards.values()):
+                from dptaft.cli.shards import train_parts
+
+                click.echo(train_parts(shards, optimizer, as_json=as_json, **common, **options))
+                return
+            run = dptaft.train(optimizer=optimizer, **common, **options)
     except TrainingInterruptedError as stop:
         click.echo(str(stop), err=True)
         raise SystemExit(130) from None
