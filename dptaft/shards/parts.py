@@ -170,6 +170,12 @@ def check_compatible(runs: Sequence[Run]) -> None:
                     "only runs of one base model can be added"
                 )
         few, many = sorted((first.classes, run.classes), key=len)
+        if few != many and run.config["model"].get("unit_jacobian"):
+            raise ComposeError(
+                f"{first.path} and {run.path} have {len(few)} and {len(many)} classes, and their Jacobians "
+                "are divided "
+                "by norms over all classes, which new classes change; train them with one list of classes"
+            )
         if many[: len(few)] != few:
             raise ComposeError(
                 f"the classes {', '.join(few)} of one run do not begin the classes {', '.join(many)} of "

@@ -67,6 +67,8 @@ def make_request(
     given = dict(options)
     if "model" in given:
         given["name"] = given.pop("model")
+    if given.get("certified"):
+        given["unit_jacobian"] = True
     parts: list[dict[str, Any]] = []
     for kind in (PrivacyConfig, ModelConfig, PerformanceConfig):
         names = {field.name for field in dataclasses.fields(kind)}
