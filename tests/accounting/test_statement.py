@@ -213,3 +213,40 @@ def test_a_peer_above_our_bound_forbids_the_claim():
         crosscheck.cross_checks(FULL, 1e-5, 1.0)
     unknown = crosscheck.cross_checks(SequenceComposition((FULL, PoissonGaussian(1.0, 0.1, 2))), 1e-5, 9.0)
     assert unknown[0].note.startswith("no cross-check: not available")
+
+
+def test_the_id_names_the_content_and_nothing_else():
+    statement = build(**FULL_DETAILS)
+    assert statement.id == statement.admin["id"]
+    assert statement.id.startswith("sha256:")
+    assert build(**FULL_DETAILS).id == statement.id
+    again = json.loads(statement.to_json())
+    shuffled = json.dumps(dict(reversed(again.items())), indent=7)
+    assert PrivacyStatement.from_json(shuffled).id == statement.id
+    assert PrivacyStatement.from_json(shuffled).to_json() == statement.to_json()
+    again["claim"]["unit"] = "one household"
+    changed = PrivacyStatement.from_json(json.dumps(again))
+    assert changed.id != statement.id
+    assert "admin.id is not the hash" in changed.recompute().problems[0]
+
+
+def test_an_audit_makes_a_new_statement_that_names_the_old_one():
+    statement = build()
+    audited = statement.with_audit({"method": "one run", "verdict": "consistent"})
+    assert audited.recompute().holds
+    assert audited.id != statement.id
+    assert audited.admin["supersedes"] == statement.id
+    with pytest.raises(StatementError, match="must be one of"):
+        statement.with_audit({"verdict": "fine"})
+
+
+def test_epsilon_at_any_delta():
+    statement = build()
+    assert statement.epsilon_at(1e-5) == statement.claim["epsilon"]
+    assert statement.epsilon_at(1e-7) > statement.claim["epsilon"] > statement.epsilon_at(1e-3)
+    cautious = PrivacyStatement.from_json(
+        statement.to_json().replace(f'"epsilon": {statement.claim["epsilon"]}', '"epsilon": 50.0')
+    )
+    assert cautious.epsilon_at(1e-5) == 50.0
+    assert cautious.epsilon_at(1e-6) == 50.0
+    assert cautious.epsilon_at(1e-4) < 50.0
