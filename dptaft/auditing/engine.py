@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -55,10 +56,16 @@ class AuditEngine:
         """The engine's sum over the sampled records, merged with the canaries' own."""
         own, slots = indices[indices < self._n], indices[indices >= self._n] - self._n
         base = self._records.clipped_sum(theta, own)
-        inserted = self._canaries.clipped_sum(theta, slots, self._coins)
+        inserted = _like(self._canaries.clipped_sum(theta, slots, self._coins), base)
         if self._observer is not None:
             self._observer.before_step(theta, base, inserted, len(own), slots)
         return base.merged(inserted)
+
+
+def _like(inserted: ClippedSum, base: ClippedSum) -> ClippedSum:
+    """In the precision of the records' sum, so that canaries change no arithmetic of the run."""
+    value = {name: tensor.to(base.value[name].dtype) for name, tensor in inserted.value.items()}
+    return replace(inserted, value=value)
 
 
 class StepObserver:

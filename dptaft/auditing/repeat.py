@@ -33,6 +33,8 @@ from dptaft.training.clipping import Adjacency, l2_sensitivity
 from dptaft.training.losses import LOSSES
 from dptaft.training.steps import Trained, train_steps
 
+_MOST = 50_000
+_RECORDS = 200
 Report = Callable[[str, int, int], None]
 
 
@@ -85,11 +87,16 @@ class Repeater:
         Raises:
             AuditSetupError: a kind that cannot be built for this run.
         """
-        clip = self.recipe.prepared.l2_clip_norm
+        clip, records = self.recipe.prepared.l2_clip_norm, len(self.recipe.data.train)
+        room = records - 1 if self._take_places(kind) else _MOST
+        if count is not None and count > room:
+            raise AuditSetupError(
+                f"{kind} canaries take the places of records here: at most {room}, got {count}"
+            )
         if kind == "coordinate":
-            total = sum(p.numel() for p in self._start.values())
-            return CoordinateCanaries(self._start, count or min(total, 50_000), clip, self.adjacency)
-        split = self._canary_records(kind, count, images)
+            most = min(sum(p.numel() for p in self._start.values()), room, _MOST)
+            return CoordinateCanaries(self._start, count or most, clip, self.adjacency)
+        split = self._canary_records(kind, count or min(_RECORDS, max(2, room // 2)), images)
         features = self.learner.features(split, self._progress, "reading canaries").features
         loss = LOSSES[self.recipe.request.model.loss]()
         if kind == "tangent":
@@ -109,18 +116,32 @@ class Repeater:
             adjacency=self.adjacency,
         )
 
-    def _canary_records(self, kind: str, count: int | None, images: ImageData | None) -> Split:
+    def _take_places(self, kind: str) -> bool:
+        """Whether canaries stand in for records instead of joining them.
+
+        A convexity certificate bounds the curvature of a batch by the number of records in it. Canaries with
+        curvature, or that change how records fall into cyclic batches, must not add to that number.
+        """
+        curved = kind in ("mislabelled", "images")
+        cyclic = self.recipe.prepared.plan.sampling.kind == "cyclic-partition"
+        return self.recipe.certificate is not None and (curved or cyclic)
+
+    def num_records(self, canaries: Canaries) -> int:
+        """How many records are trained on beside the canaries."""
+        records = len(self.recipe.data.train)
+        return records - len(canaries) if self._take_places(canaries.kind) else records
+
+    def _canary_records(self, kind: str, count: int, images: ImageData | None) -> Split:
         classes = len(self.recipe.data.classes)
         if kind == "images":
             if images is None:
                 raise AuditSetupError("canaries of kind images need images; give --canary-data")
-            return images.train.take(range(min(count or len(images.train), len(images.train))))
+            return images.train.take(range(min(count, len(images.train))))
         held_out = self.recipe.data.evaluation
         if kind == "mislabelled" and held_out is not None and len(held_out):
-            chosen = held_out.take(range(min(count or 200, len(held_out))))
+            chosen = held_out.take(range(min(count, len(held_out))))
         else:
-            number = count or 200
-            chosen = Split(ArrayPixels(smooth_images(number, seed=1)), torch.arange(number) % classes)
+            chosen = Split(ArrayPixels(smooth_images(count, seed=1)), torch.arange(count) % classes)
         wrong = torch.randint(1, classes, chosen.labels.shape, generator=torch.Generator().manual_seed(2))
         return Split(chosen.pixels, (chosen.labels + wrong) % classes)
 
@@ -161,15 +182,16 @@ class Repeater:
         self, prepared: Any, canaries: Canaries, included: Tensor, watcher: StepObserver | None
     ) -> Trained:
         self._reset()
-        labels = self.recipe.data.train.labels
+        records = self.num_records(canaries)
+        labels = self.recipe.data.train.labels[:records]
         slots = torch.zeros(len(canaries), dtype=labels.dtype)
-        learner = AuditLearner(self.learner, len(labels), canaries, included, watcher)
+        learner = AuditLearner(self.learner, records, canaries, included, watcher)
         prepared = replace(prepared, learner=cast(Learner, learner))
         with tempfile.TemporaryDirectory(prefix="dptaft-audit-", dir=_memory_folder()) as folder:
             arguments = (
                 prepared,
                 self.recipe.request,
-                Cached(self.cached.features, self.cached.digest),
+                Cached(self.cached.features.index(slice(0, records)), self.cached.digest),
                 torch.cat([labels, slots]),
                 Path(folder) / "run.partial",
                 NoAccount("an audit: its output is not covered by any claim"),

@@ -186,7 +186,7 @@ def audit(
         evidence=evidence,
         any_mechanism=_any_mechanism(recipe, chosen, observed, significance),
         sensitivity=_sensitivity(recipe, repeater),
-        sampling=_sampling(recipe, observed),
+        sampling=_sampling(recipe, repeater.num_records(placed) + len(placed), observed),
         noise=next((found for found in observed.noise if not found.holds), observed.noise[0]),
         delta=recipe.delta,
         data=recipe.data.name,
@@ -257,9 +257,8 @@ def _sensitivity(recipe: Recipe, repeater: Repeater) -> SensitivityCheck:
     )
 
 
-def _sampling(recipe: Recipe, observed: Observed) -> SamplingCheck:
+def _sampling(recipe: Recipe, records: int, observed: Observed) -> SamplingCheck:
     sampling = recipe.prepared.plan.sampling
-    records = len(recipe.data.train) + len(observed.scores) // len(observed.batch_sizes)
     return check_sampling(
         sampling.kind, sampling.rate, records, observed.batch_sizes, observed.participations
     )

@@ -13,12 +13,10 @@ from scipy.stats import binom
 import dptaft
 from dptaft.auditing.canaries import CoordinateCanaries, LinearLoss, secret_coins
 from dptaft.auditing.engine import AuditEngine
-from dptaft.auditing.recipe import Recipe, load_recipe, synthetic_data
+from dptaft.auditing.recipe import load_recipe, synthetic_data
 from dptaft.auditing.repeat import Repeater
 from dptaft.auditing.report import judge
 from dptaft.training.clipping import ClippedSum
-from dptaft.training.optimizers import OptimizerConfig
-from dptaft_accounting import ConvexityCertificate, FullBatchGaussian
 from dptaft_accounting.audit import Choice, audit_trials
 
 
@@ -152,62 +150,44 @@ def test_worst_cases_reach_most_of_the_claim(trained, data):
     assert report.any_mechanism.epsilon < report.evidence.claimed
 
 
-def last_iterate_recipe(data, epsilon=3.0, steps=80):
-    """Plain gradient steps with L2 regularisation on bounded head gradients, released at the end only."""
-    from dptaft.training.plan import ModelConfig, PerformanceConfig, PrivacyConfig, Request
-    from dptaft.training.preparation import prepare
+CERTIFIED = {"certified": True, "steps": 40}
 
-    bound, records = 14.0, len(data.train)
-    smoothness, clip = bound**2 / 2, math.sqrt(2) * bound
-    regularization = smoothness / 10
-    step_size = 1.0 / (regularization + smoothness)
-    optimizer = {"kind": "sgd", "learning_rate": step_size, "l2_regularization": regularization}
-    request = Request(
-        PrivacyConfig(epsilon, steps=steps, l2_clip_norm=clip),
-        ModelConfig(scope="head"),
-        optimizer,
-        PerformanceConfig(),
-        data.name,
+
+def test_hidden_iterates_show_less_and_both_claims_hold(trained, data):
+    run = trained(**CERTIFIED)
+    last, everything = (
+        dptaft.audit(run, data=data, observer=observer, count=387, repetitions=4, significance=1e-4)
+        for observer in (None, "all-iterates")
     )
-    prepared = prepare(data, request)
-    certificate = ConvexityCertificate.issue(
-        loss="multinomial-logistic",
-        feature_bound=bound,
-        l2_clip_norm=clip,
-        regularization=regularization,
-        step_size=step_size,
-        normaliser=float(records),
-        sampling="full-batch",
-        steps=steps,
-        records=records,
-    )
-    assert prepared.optimizer == OptimizerConfig(**optimizer)
-    mechanism = FullBatchGaussian(prepared.plan.noise_multiplier, steps, released="last-iterate")
-    return Recipe(data, request, prepared, mechanism, certificate, prepared.plan.delta, "test", False)
+    assert last.observer == "last-iterate"
+    assert last.evidence.claimed == pytest.approx(run.statement.claim["epsilon"], rel=1e-6)
+    composition = run.statement.accounting["epsilon_composition"]
+    assert everything.evidence.claimed == pytest.approx(composition, rel=1e-6)
+    assert composition > 2 * last.evidence.claimed
+    assert 0 < last.evidence.epsilon < last.evidence.claimed < everything.evidence.epsilon < composition
+    assert last.verdict == everything.verdict == "consistent"
 
 
-def test_hidden_iterates_show_less_and_both_claims_hold(data):
-    recipe = last_iterate_recipe(data)
-    repeater = Repeater(recipe)
-    claims = {observer: recipe.family(observer) for observer in ("all-iterates", "last-iterate")}
-    assert claims["last-iterate"].claimed_epsilon < 0.6 * claims["all-iterates"].claimed_epsilon
-    found = {}
-    for observer, family in claims.items():
-        observed = repeater.observe(repeater.canaries("coordinate", 387), observer, 5)
-        found[observer] = judge(recipe, observer, repeater.canaries("coordinate", 387), observed, 1e-3)
-        assert found[observer].verdict == "consistent"
-        assert found[observer].claimed == family.claimed_epsilon
-    assert found["last-iterate"].epsilon < found["all-iterates"].epsilon
-
-
-def test_all_iterates_refute_a_last_iterate_claim_made_for_them(data):
+def test_all_iterates_refute_a_last_iterate_claim_made_for_them(trained, data):
     """Negative control: scores of all iterates judged by the last iterate's curve."""
-    recipe = last_iterate_recipe(data)
+    recipe = load_recipe(trained(**CERTIFIED), data)
     repeater = Repeater(recipe)
-    observed = repeater.observe(repeater.canaries("coordinate", 387), "all-iterates", 5)
+    observed = repeater.observe(repeater.canaries("coordinate", 387), "all-iterates", 4)
     family = recipe.family("last-iterate")
     evidence = audit_trials(observed.scores, observed.included.numpy(), family, choice=Choice((0.0,)))
     assert evidence.verdict == "violation"
+
+
+def test_curved_canaries_stay_within_the_certificate(trained, data):
+    """The certificate counts the records of a batch, so images take the places of records."""
+    repeater = Repeater(load_recipe(trained(**CERTIFIED), data))
+    images = repeater.canaries("mislabelled", 12)
+    assert repeater.num_records(images) == len(data.train) - 12
+    assert repeater.num_records(repeater.canaries("coordinate", 100)) == len(data.train)
+    observed = repeater.observe(images, "last-iterate")
+    assert set(observed.batch_sizes[0]) == {len(data.train)}
+    with pytest.raises(ValueError, match="take the places of records"):
+        repeater.canaries("mislabelled", len(data.train))
 
 
 def test_weak_observers_and_user_images(trained, data):
