@@ -390,7 +390,7 @@ class Ledger:
         """
         try:
             with self._file.reading() as connection:
-                found = [str(row[0]) for row in connection.execute("PRAGMA quick_check")]
+                found = [" ".join(str(r[0]).split()) for r in connection.execute("PRAGMA quick_check")]
                 rows, key = list(rows_after(connection, -(2**62))), read_key(connection)
         except LedgerError as error:
             return [str(error)]

@@ -158,7 +158,7 @@ class Cost:
         view = gaussian_view(report.profile, residual_delta=min(1e-9, _RUN_RESIDUAL * delta))
         return cls(
             mu=Decimal("Infinity") if view is None else decimal_up(view.mu),
-            residual_delta=ZERO if view is None else decimal_up(view.residual_delta),
+            residual_delta=ZERO if view is None else decimal_up(stated(view.residual_delta)),
             epsilon=stated(report.epsilon),  # rounded up to nine digits already
             delta=stated(delta),
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dptaft_accounting import ledger_chain, ledger_owner
+from dptaft_accounting import best_bound, ledger_chain, ledger_owner
 from dptaft_accounting.ledger import Budget, BudgetExceededError, Cost, Ledger, LedgerError
 from dptaft_accounting.mechanisms import FullBatchGaussian, PoissonGaussian
 from dptaft_accounting.tradeoff import epsilon_to_mu, mu_to_epsilon
@@ -115,6 +115,38 @@ def test_a_commit_is_never_below_the_authorised_mark(ledger):
     ledger.authorise(entry.id, entry.token, cost_of(gaussian(0.6)))
     done = ledger.commit(entry.id, entry.token, cost_of(gaussian(0.1)), gaussian(0.1))
     assert done.charge.mu >= Decimal("0.6")
+
+
+def test_the_authorised_mark_never_shrinks(ledger):
+    entry = reserve(ledger, 0.7)
+    ledger.authorise(entry.id, entry.token, cost_of(gaussian(0.6)))
+    ledger.authorise(entry.id, entry.token, cost_of(gaussian(0.1)))
+    assert ledger.entry(entry.id).authorised.mu >= Decimal("0.6")
+    poisson = Cost(Decimal("0.5"), Decimal("1E-9"), Decimal(1), Decimal("0.00001"))
+    other = ledger.reserve("a", poisson, gaussian(0.5), run="mixed")
+    for mu, epsilon in (("0.1", "1"), ("0.5", "0.2")):
+        ledger.authorise(other.id, other.token, Cost(Decimal(mu), ZERO, Decimal(epsilon), Decimal("0.00001")))
+    assert ledger.entry(other.id).authorised.amounts()[::2] == (Decimal("0.5"), Decimal(1))
+
+
+def test_residual_deltas_are_summed_against_their_share(limited):
+    cost = Cost(Decimal("0.01"), Decimal("6E-8"), Decimal(1), Decimal("0.00001"))
+    limited.reserve("a", cost, gaussian(0.01), run="one")
+    with pytest.raises(BudgetExceededError, match="sets aside for failure probabilities"):
+        limited.reserve("a", cost, gaussian(0.01), run="two")
+
+
+def test_costs_are_rounded_up_and_never_below_the_statement():
+    for steps in (1, 3, 7, 50):
+        for mechanism in (
+            FullBatchGaussian(9.87, steps=steps),
+            PoissonGaussian(1.3, sampling_rate=0.02, steps=steps),
+        ):
+            cost, report = cost_of(mechanism), best_bound(mechanism, delta=1e-5)
+            assert Decimal(repr(report.epsilon)) == cost.epsilon
+            assert cost.mu >= Decimal(getattr(report.profile, "mu", 0))
+            assert cost.residual_delta <= Decimal("1E-9")
+            assert len(cost.mu.as_tuple().digits) <= 9
 
 
 def test_nothing_beyond_the_reservation(ledger):

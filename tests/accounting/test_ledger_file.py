@@ -133,6 +133,30 @@ def test_rows_rewritten_with_new_hashes_need_a_recorded_head(filled, tmp_path):
     assert "rows were rewritten" in Ledger(path).verify([head])[0]
 
 
+def test_one_rewritten_row_changes_the_head(filled, tmp_path):
+    """Only one early row is rewritten and all later ones are linked again: the head is another one."""
+    path = shutil.copy(filled.path, tmp_path / "ledger.sqlite")
+    head, previous, edits = filled.head, "", []
+    for number, _, body, _ in rows(path):
+        body = body.replace('"epsilon":"3"', '"epsilon":"9"') if number == 3 else body
+        digest = row_hash(number, previous, body)
+        edits.append(
+            ("UPDATE rows SET previous=?, body=?, hash=? WHERE number=?", (previous, body, digest, number))
+        )
+        previous = digest
+    assert previous != head
+    edit(path, *edits)
+    assert Ledger(path).verify([head])
+
+
+def test_transactions_are_durable(filled):
+    with filled._file.writing() as connection:
+        assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        with pytest.raises(sqlite3.OperationalError, match="locked"):  # nobody else writes meanwhile
+            sqlite3.connect(filled.path, timeout=0).execute("BEGIN IMMEDIATE")
+
+
 def test_a_restored_older_copy_is_caught_by_a_later_head(tmp_path):
     ledger = fill(tmp_path / "ledger.sqlite")
     shutil.copy(ledger.path, tmp_path / "old.sqlite")
