@@ -33,9 +33,7 @@ from dptaft.training.losses import Loss
 from dptaft.training.plan import PlanError, PrivacyConfig, Sampling, whole_epochs
 from dptaft_accounting import (
     ConvexityCertificate,
-    CyclicGaussian,
     Mechanism,
-    PoissonGaussian,
     epsilon_to_mu,
 )
 from dptaft_accounting.accountants.last_iterate import batch_overflow
@@ -90,24 +88,27 @@ class Design:
     reasons: tuple[str, ...] = ()
 
     @property
+    def certificate(self) -> ConvexityCertificate:
+        """Of the planned steps."""
+        kind = self.sampling.kind.removesuffix("-partition")
+        if kind == "poisson":
+            return self._issue(kind, self.steps, sampling_rate=self.sampling.rate)
+        if kind == "cyclic" and self.sampling.parts > 1:
+            return self._issue(kind, self.steps, batches_per_epoch=self.sampling.parts)
+        return self._issue("full-batch", self.steps)
+
+    @property
     def contraction(self) -> float:
         """c, the factor by which a step shrinks distances."""
-        top = self.constants.curvature * (1.0 + ROUNDING) ** 2 * self.max_batch_size / self.normaliser
-        slow, fast = self.regularization, self.regularization + top
-        return max(abs(1.0 - self.step_size * slow), abs(1.0 - self.step_size * fast))
+        return self.certificate.contractions[0]
 
     def certify(self, mechanism: Mechanism) -> ConvexityCertificate:
-        """The certificate for the planned steps, or for another number of them.
+        """The certificate for the mechanism of this design, with any number of steps.
 
         Raises:
             CertificateError: an assumption that fails.
         """
-        steps = int(getattr(mechanism, "steps", self.steps))
-        if isinstance(mechanism, PoissonGaussian):
-            return self._issue("poisson", steps, sampling_rate=mechanism.sampling_rate)
-        if isinstance(mechanism, CyclicGaussian):
-            return self._issue("cyclic", steps, batches_per_epoch=mechanism.batches_per_epoch)
-        return self._issue("full-batch", steps)
+        return replace(self.certificate, steps=int(getattr(mechanism, "steps", self.steps)))
 
     def _issue(self, sampling: str, steps: int, **extra: Any) -> ConvexityCertificate:
         return ConvexityCertificate.issue(
