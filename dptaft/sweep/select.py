@@ -247,9 +247,24 @@ def _release(
     with new_run(winner) as draft:
         for name in (WEIGHTS, METRICS):
             shutil.copyfile(run.path / name, draft / name)
-        # a candidate's own name tells its number, and so something about how many there were
-        write_config(draft, dict(run.config) | {"run": dict(run.config["run"]) | {"id": WINNER}})
+        write_config(draft, _config(run, choice, recipe))
         write_statement(draft, _statement(run, draft, choice, recipe, charged))
+
+
+def _config(run: Run, choice: Choice, recipe: Recipe) -> dict[str, Any]:
+    """The candidate's configuration under the name and budget of the choice.
+
+    A candidate's own name tells its number, and so something about how many there were.
+    """
+    asked = dict(run.config["privacy"]) | {"epsilon": recipe.budget.epsilons[0]}
+    count = recipe.budget.candidates
+    selection = {
+        "candidate_epsilon": choice.base_epsilon,
+        "mean_candidates": count.mean,
+        "shape": count.shape,
+    }
+    named = dict(run.config["run"]) | {"id": WINNER}
+    return dict(run.config) | {"run": named, "privacy": asked, "selection": selection}
 
 
 def _statement(
@@ -278,7 +293,7 @@ def _statement(
         unit=old["claim"]["unit"],
         cross_check=False,
         claim=claim | {"data_accesses": accesses},
-        details={key: value for key, value in old["mechanism"].items() if key != "record"},
+        details={"candidate": {key: value for key, value in old["mechanism"].items() if key != "record"}},
         composition=dict(charged) | _cost_of_choice(choice, recipe),
         implementation=old.get("implementation", {}),
         utility=old.get("utility", {}),
