@@ -42,6 +42,7 @@ _HOMES = {
     "errors": ("AccountingError",),
     "gaussian_view": ("GaussianView", "gaussian_view"),
     "mechanisms": (
+        "CertifiedLastIterate",
         "CyclicGaussian",
         "FullBatchGaussian",
         "Mechanism",
@@ -74,6 +75,7 @@ __all__ = [
     "AccountingError",
     "Bound",
     "BoundReport",
+    "CertifiedLastIterate",
     "ConvexityCertificate",
     "CyclicGaussian",
     "FullBatchGaussian",

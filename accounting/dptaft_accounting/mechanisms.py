@@ -46,7 +46,7 @@ class Mechanism:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mechanism):
+    if hasattr(value, "to_dict"):
         return value.to_dict()
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
@@ -426,6 +426,54 @@ class RepeatAndSelect(Mechanism):
         return self.base.adjacency
 
 
+@dataclass(frozen=True)
+class CertifiedLastIterate(Mechanism):
+    """A mechanism that released its last iterate alone, with the certificate that bounds what it discloses.
+
+    For compositions, where every part has a certificate of its own.
+
+    Attributes:
+        base: what happened; it must say that only the last iterate was released.
+        certificate: the `ConvexityCertificate` (or its dictionary) that covers `base`.
+        delta: where the bounds of the certificate were optimised; the curve holds everywhere.
+
+    Raises:
+        MechanismError: a base that released its iterates, or a delta out of range.
+        CertificateError: the certificate belongs to another mechanism.
+    """
+
+    kind: ClassVar[str] = "certified-last-iterate"
+    base: Mechanism
+    certificate: Any
+    delta: float
+
+    def __post_init__(self) -> None:
+        from dptaft_accounting.convexity import ConvexityCertificate
+
+        _check_parts((self.base,))
+        if getattr(self.base, "released", None) != "last-iterate":
+            raise MechanismError(
+                f"{self.base.kind} does not say that only the last iterate was released, which a certificate "
+                "needs; leave the certificate out"
+            )
+        found = self.certificate
+        if not isinstance(found, ConvexityCertificate):
+            found = ConvexityCertificate.from_dict(found)
+        found.check(self.base)
+        delta = check.positive("delta", self.delta, MechanismError)
+        if delta >= 1:
+            raise MechanismError(f"delta must lie strictly between 0 and 1, got {delta:g}")
+        _set(self, certificate=found, delta=delta)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.base, self.delta))
+
+    @property
+    def adjacency(self) -> str:  # type: ignore[override]
+        """The adjacency of the base mechanism."""
+        return self.base.adjacency
+
+
 _KINDS: dict[str, type[Mechanism]] = {
     cls.kind: cls
     for cls in (
@@ -438,6 +486,7 @@ _KINDS: dict[str, type[Mechanism]] = {
         SequenceComposition,
         ParallelComposition,
         RepeatAndSelect,
+        CertifiedLastIterate,
     )
 }
 

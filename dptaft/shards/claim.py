@@ -16,6 +16,7 @@ from typing import Any
 from dptaft.shards.assignment import RANDOM
 from dptaft.shards.parts import ComposeError, Part
 from dptaft_accounting import (
+    CertifiedLastIterate,
     Mechanism,
     ParallelComposition,
     PrivacyStatement,
@@ -75,8 +76,16 @@ def together(released: Sequence[Released], *, disjoint: bool) -> Mechanism:
 
 
 def _released(part: Part) -> Released:
-    record = _statement(part).mechanism["record"]
-    return Released(part.partition or part.run.id, part.shard or "", mechanism_from_dict(record))
+    return Released(part.partition or part.run.id, part.shard or "", mechanism_of(_statement(part)))
+
+
+def mechanism_of(statement: PrivacyStatement) -> Mechanism:
+    """The record of a statement, with its certificate where it has one."""
+    record = mechanism_from_dict(statement.mechanism["record"])
+    certificate = statement.accounting.get("certificate")
+    if certificate is None:
+        return record
+    return CertifiedLastIterate(record, certificate, delta=statement.claim["delta"])
 
 
 def _statement(part: Part) -> PrivacyStatement:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dptaft.runs import Run, check_output, load_run
+from dptaft.shards.claim import mechanism_of
 from dptaft.shards.collection import Collection, Shard, ShardError, is_collection, load_collection
 from dptaft.shards.composition import write_composition
 from dptaft.shards.parts import ComposeError, Part, is_composed, part_path, parts_of
@@ -201,7 +202,7 @@ def _removal(whole: Run, entry: Entry) -> dict[str, Any]:
     return item | {
         "epsilon": epsilon,
         "delta": delta,
-        "record": statement.mechanism["record"],
+        "record": mechanism_of(statement).to_dict(),
         "reveals": f"{text}, {bound}",
     }
 
