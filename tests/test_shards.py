@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import stat
 import tomllib
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from builders import small_data, small_images
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 import dptaft
+from dptaft.cli import main
 from dptaft.data import ArrayPixels, DataError, ImageData, Split
 from dptaft.shards import ShardError, add_shard, compose, load_collection, train_shards
 from dptaft.shards.assignment import named_assignment, random_assignment
+from dptaft.shards.parts import ComposeError
 from dptaft.shards.records import Records, load_records, locate, read_trail
 from dptaft.shards.training import ShardTrainer
 from dptaft.training.plan import PlanError
@@ -330,3 +334,78 @@ def test_held_out_images_are_never_shards(tmp_path):
     stacked = dataclasses.replace(whole, unstable_under=("zero-out",))
     with pytest.raises(DataError, match="under zero-out"):
         train_shards(stacked, 3, output=tmp_path / "s", **FAST)
+
+
+def test_shards_may_be_certified_but_then_keep_their_classes(tmp_path):
+    """Unit Jacobians divide by a norm over all classes, so that old weights would mean something else."""
+    options = {"epsilon": 3, "ledger": None, "certified": True, "scope": "head"}
+    shards = train_shards(data_of(), 2, output=tmp_path / "p", **options)
+    runs = [dptaft.load_run(path) for path in shards.runs()]
+    assert all(run.statement.accounting["bound"].startswith("last-iterate") for run in runs)
+    run = compose(runs, tmp_path / "run")
+    assert run.statement.claim["epsilon"] == max(r.statement.claim["epsilon"] for r in runs)
+    assert run.statement.claim["epsilon"] < 0.9 * runs[0].statement.accounting["epsilon_composition"]
+    assert run.statement.recompute().holds
+    with pytest.raises(ShardError, match="norm over all classes"):
+        add_shard(shards.path, data_of(50, seed=8, name="five", classes=5), ledger=None)
+    five = dptaft.train(
+        data_of(50, seed=8, name="five", classes=5), output=tmp_path / "five", delta=1e-5, **options
+    )
+    with pytest.raises(ComposeError, match="norms over all classes"):
+        compose([runs[0], five], tmp_path / "x")
+
+
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = small_images(40)
+    np.savez(tmp_path / "d.npz", images=images, labels=labels)
+    more, others = small_images(20, seed=3)
+    np.savez(tmp_path / "more.npz", images=more, labels=others)
+    cli, base = CliRunner(), ["train", "--data", "d.npz", "--classes", "a,b,c"]
+    done = cli.invoke(
+        main, [*base, "--shards", "2", "--epsilon", "3", "--steps", "2", "--output", "p", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["records"] == [16, 16]
+    assert json.loads(done.stdout)["epsilon"] <= 3
+    grown = cli.invoke(main, ["train", "--data", "more.npz", "--classes", "a,b,c", "--shards-of", "p"])
+    assert grown.exit_code == 0, grown.output
+    assert "3 of 16 to 16 records" in grown.stdout
+    composed = cli.invoke(main, ["compose", "p", "-o", "average"])
+    assert composed.exit_code == 0, composed.output
+    assert len(dptaft.load_run("average").config["composition"]["parts"]) == 3
+    assert (tmp_path / "ledger.sqlite").exists()
+    for bad in (
+        [*base, "--shards", "2", "--epsilon", "3"],
+        [*base, "--shards", "99", "--epsilon", "3", "--output", "q"],
+        [*base, "--shards", "site", "--epsilon", "3", "--output", "q"],
+        [*base, "--public-shards", "2", "--epsilon", "3", "--output", "q"],
+        [*base, "--shards-of", "p"],
+        [*base, "--shards-of", "p", "--epsilon", "3"],
+        [*base, "--shards", "2", "--epsilon", "3", "--adjacency", "replace-one", "--output", "q"],
+    ):
+        refused = cli.invoke(main, bad)
+        assert refused.exit_code == 2, refused.output
+        assert "Traceback" not in refused.output
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_csv_column_names_the_shards(tmp_path):
+    from PIL import Image
+
+    images, labels = small_images(20)
+    rows = ["file,label,site"]
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)).save(tmp_path / f"{i:02}.png")
+        rows.append(f"{i:02}.png,{'abc'[label]},{'left' if i < 12 else 'right'}")
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    shards = train_shards(
+        str(tmp_path / "table.csv"), "site", output=tmp_path / "p", classes=["a", "b", "c"], **FAST
+    )
+    held = [i for i in range(20) if i % 5]  # every fifth is held out
+    assert {s.name: s.records for s in shards.shards} == {
+        "left": sum(i < 12 for i in held),
+        "right": sum(i >= 12 for i in held),
+    }
+    with pytest.raises(ShardError, match="it has site"):
+        train_shards(str(tmp_path / "table.csv"), "ward", output=tmp_path / "q", **FAST)
