@@ -177,6 +177,12 @@ class AuditLearner:
     ) -> None:
         self._learner, self._n = learner, num_records
         self._canaries, self._coins, self._observer = canaries, coins, observer
+        self._made: Any = None
+
+    def close(self) -> None:
+        """Take the engine's hooks off the model, where it has some."""
+        if hasattr(self._made, "close"):
+            self._made.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._learner, name)
@@ -184,4 +190,5 @@ class AuditLearner:
     def engine(self, features: Features, labels: Tensor, **options: Any) -> AuditEngine:
         """The run's engine over the records (the labels of canary slots are placeholders), wrapped."""
         records = self._learner.engine(features, labels[: self._n], **options)
+        self._made = records
         return AuditEngine(records, self._n, self._canaries, self._coins, self._observer)

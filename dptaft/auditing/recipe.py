@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OBSERVERS = ("all-iterates", "last-iterate", "black-box")
 SYNTHETIC = "synthetic"
+_GRADIENT_STEPS = ("full-batch-gaussian", "poisson-gaussian", "cyclic-gaussian")
 _TOLERANCE = 1e-6
 
 
@@ -73,6 +74,12 @@ def load_recipe(run: Run, data: str | ImageData | None = None) -> Recipe:
     if run.statement is None:
         raise AuditSetupError(f"{run.path} claims nothing ({run.no_claim}); there is nothing to audit")
     statement = run.statement
+    kind = statement.mechanism["record"]["kind"]
+    if kind not in _GRADIENT_STEPS:
+        raise AuditSetupError(
+            f"{run.path} was made by {kind}; an audit repeats noisy gradient steps: "
+            + ", ".join(_GRADIENT_STEPS)
+        )
     images = _images(run, statement, data)
     request = _request(run, statement)
     prepared = _same_plan(prepare(images, request), run, statement)

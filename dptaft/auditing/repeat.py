@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -196,10 +197,12 @@ class Repeater:
                 Path(folder) / "run.partial",
                 NoAccount("an audit: its output is not covered by any claim"),
             )
-            if watcher is None:
-                return train_steps(*arguments)
-            with watching(watcher, self.learner.parameters):
-                return train_steps(*arguments)
+            watch = nullcontext() if watcher is None else watching(watcher, self.learner.parameters)
+            try:
+                with watch:
+                    return train_steps(*arguments)
+            finally:
+                learner.close()
 
     def _reset(self) -> None:
         with torch.no_grad():

@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,6 +250,25 @@ def test_audits_that_cannot_be_made_are_refused(trained, data, tmp_path):
     free = dptaft.train(data, epsilon=math.inf, scope="head", steps=1, output=tmp_path / "free")
     with pytest.raises(ValueError, match="nothing to audit"):
         dptaft.audit(free, data=data)
+
+
+def test_mechanisms_without_steps_are_refused_by_name(trained, data):
+    run = trained()
+    mechanism = dict(run.statement.mechanism) | {"record": {"kind": "output-perturbation"}}
+    other = replace(run, statement=SimpleNamespace(mechanism=mechanism, claim=run.statement.claim))
+    with pytest.raises(ValueError, match="made by output-perturbation"):
+        dptaft.audit(other, data=data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"method": "non-linear"}, {"engine": "ghost"}])
+def test_engines_with_hooks_are_audited_and_left_clean(trained, data, options):
+    run = trained(scope="last:1", steps=3, **options)
+    report = dptaft.audit(run, data=data, count=1000, repetitions=3, significance=1e-6)
+    assert report.verdict == "consistent"
+    assert report.noise.ratio == pytest.approx(1.0, abs=0.01)
+    with pytest.raises(ValueError, match="fused engine"):
+        dptaft.audit(run, data=data, canaries="mislabelled")
 
 
 def test_repetitions_use_new_coins_and_leave_the_learner_as_it_was(trained, data):
