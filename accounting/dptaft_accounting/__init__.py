@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dptaft_accounting.convexity import ConvexityCertificate
     from dptaft_accounting.errors import AccountingError
     from dptaft_accounting.gaussian_view import GaussianView, gaussian_view
+    from dptaft_accounting.ledger import Budget, BudgetExceededError, Cost, Ledger, LedgerError
     from dptaft_accounting.mechanisms import (
         CyclicGaussian,
         FullBatchGaussian,
@@ -41,6 +42,7 @@ _HOMES = {
     "convexity": ("ConvexityCertificate",),
     "errors": ("AccountingError",),
     "gaussian_view": ("GaussianView", "gaussian_view"),
+    "ledger": ("Budget", "BudgetExceededError", "Cost", "Ledger", "LedgerError"),
     "mechanisms": (
         "CertifiedLastIterate",
         "CyclicGaussian",
@@ -75,12 +77,17 @@ __all__ = [
     "AccountingError",
     "Bound",
     "BoundReport",
+    "Budget",
+    "BudgetExceededError",
     "CertifiedLastIterate",
     "ConvexityCertificate",
+    "Cost",
     "CyclicGaussian",
     "FullBatchGaussian",
     "GaussianProfile",
     "GaussianView",
+    "Ledger",
+    "LedgerError",
     "Mechanism",
     "ObjectivePerturbation",
     "OutputPerturbation",
