@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 CONFIG, STATEMENT, WEIGHTS, METRICS = "run.toml", "privacy.json", "model.safetensors", "metrics.jsonl"
 HASHED = (CONFIG, WEIGHTS, METRICS)
+AUDIT = "audit.json"
 
 
 class RunError(ValueError):
@@ -175,6 +176,18 @@ def _reason(document: Mapping[str, Any]) -> str:
     if not isinstance(admin.get("id"), str) or not isinstance(admin.get("files", {}), dict):
         raise StatementError("admin.id must be text and admin.files an object")
     return reason
+
+
+def read_audit(folder: Path) -> dict[str, Any]:
+    """The content of ``audit.json``, which an audit adds to a finished run; empty where there is none.
+
+    It names the statement that was audited (`statement_id`) and is not one of the files that the run wrote.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    path = folder / AUDIT
+    return _parse(_read(path), path) if path.exists() else {}
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -19,12 +19,23 @@ from typing import Any
 
 from dptaft.ledger_check import LEDGER_NAME, ledger_problems
 from dptaft.revision import source_revision
-from dptaft.runs import CONFIG, HASHED, METRICS, STATEMENT, RunError, file_problems, read_config, read_privacy
+from dptaft.runs import (
+    AUDIT,
+    CONFIG,
+    HASHED,
+    METRICS,
+    STATEMENT,
+    RunError,
+    file_problems,
+    read_audit,
+    read_config,
+    read_privacy,
+)
 from dptaft_accounting import PrivacyStatement
 from dptaft_accounting.convexity import ConvexityCertificate, LossConstants
 from dptaft_accounting.errors import AccountingError, CertificateError
 from dptaft_accounting.policy import Policy
-from dptaft_accounting.second_opinion import SecondOpinion, second_opinion
+from dptaft_accounting.second_opinion import SecondOpinion, linear_instance, second_opinion
 
 PASSED, FAILED, NOTE = "passed", "failed", "note"
 _SAME = 1e-6  # a second opinion may exceed the claim by no more than this
@@ -138,8 +149,10 @@ def verify(
         checks += _agreement(place, statement)
     checks += _ledger(place, statement, ledger)
     checks += _versions(statement)
+    audit = read_audit(place) if whole else {}
+    checks += _audit(audit, privacy.id)
     if policy is not None:
-        found = tuple(violation.message for violation in policy.violations(statement))
+        found = tuple(item.message for item in policy.violations(statement, audit or None))
         checks.append(_result("policy", found, "the statement meets it"))
     return Verification(place, privacy.id, statement, epsilon, second, tuple(checks))
 
@@ -150,7 +163,7 @@ def _result(name: str, problems: tuple[str, ...] | list[str], fine: str) -> Chec
 
 def _files(folder: Path, files: Mapping[str, str]) -> list[Check]:
     problems = file_problems(folder, files)
-    known = {STATEMENT, *HASHED}
+    known = {STATEMENT, AUDIT, *HASHED}
     others = sorted(item.name for item in folder.iterdir() if item.name not in known)
     checks = [_result("files", problems, f"{', '.join(HASHED)} are the ones this run wrote")]
     if others:
@@ -181,7 +194,18 @@ def _second(statement: PrivacyStatement) -> tuple[SecondOpinion, Check]:
     if stated < second.epsilon * (1 - _SAME):
         return second, Check("second accountant", FAILED, f"{words}, which is too small")
     if statement.accounting["bound"] != "composition":
-        words += "; the smaller bound of the claim has one implementation and was recomputed with it"
+        exact = linear_instance(
+            statement.mechanism["record"],
+            statement.accounting.get("certificate") or {},
+            claim["delta"],
+            records_per_unit=claim["records_per_unit"],
+        )
+        if exact.epsilon is None:
+            words += "; the smaller bound of the claim has one implementation and was recomputed with it"
+        else:
+            words += f"; an exactly solvable training under this certificate has {exact.epsilon:.9g}"
+            if claim["epsilon"] < exact.epsilon * (1 - _SAME):
+                return second, Check("second accountant", FAILED, f"{words}, above the claim")
     elif stated > second.epsilon * (1 + _NEAR) + 1e-6:
         return second, Check("second accountant", NOTE, f"{words}, which is valid and loose")
     return second, Check("second accountant", PASSED, words)
@@ -271,6 +295,20 @@ def _agreement(folder: Path, statement: PrivacyStatement) -> Iterator[Check]:
     ]:
         problems.append(f"{METRICS} does not hold the accuracy {value} of the statement")
     yield _result("agreement", problems, f"{CONFIG}, {METRICS} and the statement say the same")
+
+
+def _audit(audit: Mapping[str, Any], statement_id: str) -> Iterator[Check]:
+    """An audit that found a violation fails the run; one of another statement says nothing about it."""
+    if not audit:
+        return
+    verdict = str(audit.get("verdict"))
+    if audit.get("statement_id") != statement_id:
+        yield Check("audit", NOTE, f"{AUDIT} belongs to another statement")
+    elif verdict == "violation":
+        yield Check("audit", FAILED, "the audit found more leakage than the claim allows")
+    else:
+        status = PASSED if verdict == "consistent" else NOTE
+        yield Check("audit", status, f"the verdict of {AUDIT} is {verdict}")
 
 
 def _value(config: Mapping[str, Any], section: str, name: str) -> Any:

@@ -27,6 +27,7 @@ from run_folders import (
 
 from dptaft import budgeting, ledger_check
 from dptaft.cli import main
+from dptaft.report.facts import facts
 from dptaft.runs import RunError, load_run
 from dptaft.verification import verify
 from dptaft_accounting.canonical import content_id, dumps
@@ -300,6 +301,16 @@ def test_the_second_accountant_finds_a_defect_of_the_first(run, monkeypatch, tmp
     assert failed == ["second accountant"]
 
 
+def test_the_linear_instance_finds_a_defect_of_the_last_iterate_bound(monkeypatch, tmp_path):
+    from dptaft_accounting.accountants import last_iterate
+
+    true = last_iterate.noisy_gd_mu
+    assert verify(make_run(tmp_path / "right", CONVEX, certificate=proof()).path).passed
+    monkeypatch.setattr(last_iterate, "noisy_gd_mu", lambda *given: 0.99 * true(*given))
+    folder = make_run(tmp_path / "wrong", CONVEX, certificate=proof()).path
+    assert [c.name for c in verify(folder).failures] == ["second accountant"]
+
+
 def test_the_second_accountant_covers_poisson_sampling(tmp_path):
     found = verify(make_run(tmp_path / "p", POISSON).path)
     assert found.passed
@@ -399,3 +410,23 @@ def test_certificates_of_the_other_loss_need_the_number_of_classes(tmp_path):
     assert verify(folder).passed
     alone = shutil.copy(folder / "privacy.json", tmp_path / "alone.json")
     assert [c.name for c in verify(alone).failures] == ["certificate"]
+
+
+@pytest.mark.parametrize(
+    ("audit", "status", "shown"),
+    [
+        ({"verdict": "consistent"}, "passed", True),
+        ({"verdict": "inconclusive"}, "note", True),
+        ({"verdict": "violation"}, "failed", True),
+        ({"verdict": "consistent", "statement_id": "sha256:0"}, "note", False),
+    ],
+)
+def test_an_audit_that_was_added_to_the_run(copy, audit, status, shown):
+    names = {"statement_id": json.loads((copy / "privacy.json").read_text())["admin"]["id"]}
+    (copy / "audit.json").write_text(json.dumps(names | audit))
+    assert [c.status for c in verify(copy).checks if c.name == "audit"] == [status]
+    policy = verify(copy, policy=Policy(require_audit=True))
+    assert policy.passed is (status == "passed")
+    assert bool(facts(load_run(copy)).audit) is shown
+    (copy / "audit.json").write_text("{")
+    assert cli(copy).exit_code == 2

@@ -120,11 +120,18 @@ class Policy:
             raise PolicyError(f"a policy has no rule {unknown[0]!r}; rules are {', '.join(known)}")
         return cls(**values)
 
-    def violations(self, statement: PrivacyStatement) -> tuple[Violation, ...]:
+    def violations(
+        self, statement: PrivacyStatement, audit: Mapping[str, Any] | None = None
+    ) -> tuple[Violation, ...]:
         """Returns every way in which `statement` falls short; an empty tuple where it is accepted.
 
         A statement that does not follow from its own record violates every policy. Epsilon is taken from the
         recomputed curve, never from the printed claim alone.
+
+        Args:
+            statement: what is judged.
+            audit: content of the run's ``audit.json``; None takes the statement's own audit group. An audit
+                of another statement (`statement_id`) does not count.
         """
         try:
             result = statement.recompute()
@@ -134,6 +141,7 @@ class Policy:
         found += self._loss(statement)
         found += self._access(statement)
         found += self._making(statement)
+        found += self._audited(statement, statement.audit if audit is None else audit)
         return tuple(found)
 
     def _loss(self, statement: PrivacyStatement) -> Iterator[Violation]:
@@ -190,7 +198,10 @@ class Policy:
                     )
         if self.require_ledger and not _charged(statement.composition):
             yield Violation("require_ledger", "the run was not charged to a budget ledger")
-        verdict = statement.audit.get("verdict")
+
+    def _audited(self, statement: PrivacyStatement, audit: Mapping[str, Any]) -> Iterator[Violation]:
+        own = audit.get("statement_id", statement.id) == statement.id
+        verdict = audit.get("verdict") if own else "of another statement"
         if verdict == "violation":
             yield Violation("statement", "the audit found more leakage than the claim allows")
         elif self.require_audit and verdict != "consistent":

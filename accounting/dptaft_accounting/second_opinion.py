@@ -87,6 +87,45 @@ def second_opinion(record: Mapping[str, Any], delta: float, *, records_per_unit:
     return SecondOpinion(max(both), "contour integral through the saddle point, both directions")
 
 
+def linear_instance(
+    record: Mapping[str, Any], certificate: Mapping[str, Any], delta: float, *, records_per_unit: int = 1
+) -> SecondOpinion:
+    """Returns the exact epsilon of one training that a certificate admits; no valid bound can be below it.
+
+    One weight, no loss but that of the differing record, whose gradient is constant: X_k = (1 - eta_k lambda)
+    X_{k-1} + eta_k (s + z_k N(0, 1)) is Gaussian, with mean and variance that are plain sums. Full-batch
+    noisy gradient descent attains its bound there (Bok, Su, Altschuler 2024, section 4).
+
+    Args:
+        record: the `record` of a statement's mechanism group.
+        certificate: the `certificate` of its accounting group.
+        delta: of the claim.
+        records_per_unit: largest number of records that one protected unit owns.
+
+    >>> record = {"kind": "full-batch-gaussian", "noise_multiplier": 10.0, "steps": 100}
+    >>> proof = {"step_size": 0.2, "strong_convexity": 0.1, "diameter": None}
+    >>> round(linear_instance(record, proof, 1e-5).epsilon, 4)
+    3.7317
+    """
+    if record.get("kind") != "full-batch-gaussian" or certificate.get("diameter") is not None:
+        return SecondOpinion(None, "none: only full batches without projection have an exact instance")
+    try:
+        steps, moved = int(record["steps"]), 2.0 if record.get("adjacency") == "replace-one" else 1.0
+        eta = np.broadcast_to(np.asarray(certificate["step_size"], dtype=np.float64), (steps,))
+        noise = np.broadcast_to(np.asarray(record["noise_multiplier"], dtype=np.float64), (steps,))
+        mean = variance = 0.0
+        for size, std in zip(eta.tolist(), noise.tolist(), strict=True):
+            keep = 1 - size * float(certificate["strong_convexity"])
+            mean, variance = keep * mean + size * moved, keep * keep * variance + (size * std) ** 2
+        mu = records_per_unit * mean / math.sqrt(variance)
+        epsilon = _solve(lambda eps: _log_gaussian_delta(mu, eps), delta)
+    except _UnavailableError as reason:
+        return SecondOpinion(None, f"none: {reason}")
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
+        return SecondOpinion(None, "none: the record cannot be read")
+    return SecondOpinion(epsilon, "exact linear instance")
+
+
 def _leaves(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     if record["kind"] == "sequence":
         for part in record["parts"]:

@@ -167,11 +167,6 @@ class PrivacyStatement:
         """Name of the content as it is now; equals ``admin["id"]`` unless something was changed."""
         return content_id(self.to_dict())
 
-    def with_audit(self, audit: Mapping[str, Any]) -> PrivacyStatement:
-        """Returns the statement with the result of an audit; `admin.supersedes` keeps the earlier id."""
-        admin = {**self.admin, "supersedes": self.id}
-        return dataclasses.replace(self, audit=dict(audit), admin=admin)._sealed()
-
     def _sealed(self) -> PrivacyStatement:
         return dataclasses.replace(self, admin={**self.admin, "id": self.id})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dptaft.report.curves import Curves, curves
 from dptaft.report.text import down, percent_up, up
-from dptaft.runs import Run
+from dptaft.runs import Run, read_audit
 from dptaft_accounting import PrivacyStatement
 
 
@@ -158,7 +158,7 @@ def facts(run: Run) -> Facts:
         mechanism=_mechanism(statement.mechanism),
         accounting=_accounting(statement),
         utility=_accuracy(statement.utility.get("value"), bool(statement.utility.get("private"))),
-        audit=_pairs(statement.audit),
+        audit=_audit_rows(_audit(run, statement)),
         caveats=tuple(statement.admin.get("caveats", ())),
         identity=identity,
         curves=curves(statement),
@@ -360,8 +360,43 @@ def _amount(value: Any, left: bool) -> str:
     return text
 
 
-def _pairs(group: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple((name.replace("_", " "), _words(value)) for name, value in group.items())
+def _audit(run: Run, statement: PrivacyStatement) -> Mapping[str, Any]:
+    """The audit of this statement: from the statement itself, or from the file that an audit added."""
+    beside = read_audit(run.path)
+    return beside if beside.get("statement_id") == run.id else statement.audit
+
+
+_AUDIT = {
+    "verdict": "verdict",
+    "epsilon_lower_bound": "epsilon is at least",
+    "lower_bound": "epsilon is at least",
+    "epsilon_claimed": "claimed for the same attack",
+    "epsilon_attainable": "largest value this audit could find",
+    "attainable": "largest value this audit could find",
+    "significance": "significance",
+    "observer": "attacker sees",
+    "observable": "attacker sees",
+    "method": "method",
+    "repetitions": "repetitions",
+    "notes": "notes",
+}
+_CHECKS = ("sensitivity", "sampling", "noise")
+_AUDIT_DETAILS = ("run", "statement_id", "test", "any_mechanism", "delta", "data", "canaries", *_CHECKS)
+
+
+def _audit_rows(group: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    rows = []
+    for name, label in _AUDIT.items():
+        value = group.get(name)
+        if value is not None:
+            low = isinstance(value, float) and label == "epsilon is at least"
+            rows.append((label, down(value) if low else _words(value)))
+    for name in _CHECKS:
+        check = group.get(name)
+        if isinstance(check, Mapping) and "holds" in check:
+            rows.append((f"check of {name}", "holds" if check["holds"] is True else "FAILED"))
+    known = {*_AUDIT, *_AUDIT_DETAILS}
+    return (*rows, *((n.replace("_", " "), _words(v)) for n, v in group.items() if n not in known))
 
 
 def _words(value: Any) -> str:

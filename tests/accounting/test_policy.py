@@ -160,3 +160,17 @@ def test_toml_files(tmp_path):
             Policy.from_toml(file)
     with pytest.raises(PolicyError, match="cannot read"):
         Policy.from_toml(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("audit", "found"),
+    [
+        ({"verdict": "consistent", "statement_id": STATEMENT.id}, []),
+        ({"verdict": "consistent"}, []),
+        ({"verdict": "consistent", "statement_id": "sha256:other"}, ["require_audit"]),
+        ({"verdict": "violation", "statement_id": STATEMENT.id}, ["statement"]),
+        ({}, ["require_audit"]),
+    ],
+)
+def test_an_audit_beside_the_statement_counts_if_it_names_it(audit, found):
+    assert [v.rule for v in Policy(require_audit=True).violations(STATEMENT, audit)] == found

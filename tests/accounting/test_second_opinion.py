@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import norm
 
 from dptaft_accounting import best_bound, second_opinion
+from dptaft_accounting.convexity import ConvexityCertificate
 from dptaft_accounting.mechanisms import (
     CyclicGaussian,
     FullBatchGaussian,
@@ -107,3 +108,27 @@ def test_it_shares_no_code_with_the_first_path():
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     assert not {m for m in modules if m and m.startswith("dptaft")}
+
+
+@pytest.mark.parametrize("adjacency", ["zero-out", "replace-one"])
+@pytest.mark.parametrize("noise", [8.0, (5.0, 9.0, 6.0, 7.0) * 10])
+def test_no_last_iterate_bound_is_below_the_linear_instance(noise, adjacency):
+    mechanism = FullBatchGaussian(noise, 40, adjacency=adjacency, released="last-iterate")
+    proof = ConvexityCertificate.issue(
+        loss="multinomial-logistic", feature_bound=0.5, l2_clip_norm=1.0, regularization=0.2, step_size=0.5,
+        normaliser=100.0, sampling="full-batch", steps=40, records=100, adjacency=adjacency,
+    )  # fmt: skip
+    report = best_bound(mechanism, proof, delta=1e-5)
+    assert report.name == "last-iterate noisy gradient descent"
+    exact = second_opinion.linear_instance(mechanism.to_dict(), proof.to_dict(), 1e-5).epsilon
+    assert exact <= report.epsilon * (1 + 1e-9)
+    if isinstance(noise, float):
+        assert exact == pytest.approx(report.epsilon, rel=1e-8)
+
+
+def test_linear_instances_exist_for_full_batches_alone():
+    record, proof = FullBatchGaussian(8.0, 4).to_dict(), {"step_size": 1.0, "strong_convexity": 0.1}
+    assert second_opinion.linear_instance(record, proof, 1e-5).epsilon > 0
+    assert second_opinion.linear_instance(record, proof | {"diameter": 1.0}, 1e-5).epsilon is None
+    assert second_opinion.linear_instance(PoissonGaussian(1.0, 0.1, 5).to_dict(), proof, 1e-5).epsilon is None
+    assert second_opinion.linear_instance(record, {"step_size": "x"}, 1e-5).epsilon is None

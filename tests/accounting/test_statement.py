@@ -230,16 +230,6 @@ def test_the_id_names_the_content_and_nothing_else():
     assert "admin.id is not the hash" in changed.recompute().problems[0]
 
 
-def test_an_audit_makes_a_new_statement_that_names_the_old_one():
-    statement = build()
-    audited = statement.with_audit({"method": "one run", "verdict": "consistent"})
-    assert audited.recompute().holds
-    assert audited.id != statement.id
-    assert audited.admin["supersedes"] == statement.id
-    with pytest.raises(StatementError, match="must be one of"):
-        statement.with_audit({"verdict": "fine"})
-
-
 def test_epsilon_at_any_delta():
     statement = build()
     assert statement.epsilon_at(1e-5) == statement.claim["epsilon"]
