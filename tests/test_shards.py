@@ -84,6 +84,17 @@ def test_two_runs_of_one_shard_compose_in_sequence(collection, tmp_path):
     assert 1.3 * single < run.statement.claim["epsilon"] < 2 * single
 
 
+def test_shards_of_two_partitions_share_records_and_compose_in_sequence(collection, tmp_path):
+    other = train_shards(data_of(), 4, output=tmp_path / "other", public_seed=9, **FAST)
+    run = compose([*collection.runs()[:2], *other.runs()[2:]], tmp_path / "run")
+    assert isinstance(record_of(run), SequenceComposition)
+    single = dptaft.load_run(other.runs()[0]).statement
+    mu = single.accounting["mu"]["mu"]
+    assert run.statement.accounting["mu"]["mu"] == pytest.approx(math.sqrt(2) * mu, rel=1e-6)
+    with pytest.raises(ComposeError, match="both trained on data called 'small'"):
+        compose([*collection.runs()[:2], *other.runs()[2:]], tmp_path / "x", disjoint=True)
+
+
 def stored(collection):
     from dptaft.shards.requests import stored_request
 
