@@ -207,7 +207,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 @click.command()
 @click.option("--records", type=click.IntRange(min=1), required=True, help="Number n of training records.")
-@click.option("--steps", type=click.IntRange(min=1), required=True, help="Number of training steps.")
+@click.option("--steps", type=click.IntRange(min=1), help="Number of training steps; planned by --certified.")
+@click.option("--certified", is_flag=True, help="Plan a run of `dptaft train --certified`, with reasons.")
+@click.option(
+    "--classes", type=click.IntRange(min=1), default=10, show_default=True, help="With --certified: classes."
+)
 @click.option("--sampling", type=click.Choice(SAMPLINGS), default="full-batch", show_default=True)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), help="(Expected) batch size; all records by default."
@@ -223,7 +227,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 )
 @click.option("--clip-norm", type=float, default=1.0, show_default=True, help="Clip norm C.")
 @click.option("--convex", is_flag=True, help="Certify a convex loss and release the last iterate only.")
-@click.option("--loss", default="multinomial-logistic", show_default=True, help="With --convex: the loss.")
+@click.option("--loss", help="The loss.  [default: multinomial-logistic, or cross-entropy with --certified]")
 @click.option(
     "--feature-bound", type=float, default=0.7, show_default=True, help="With --convex: Jacobian norm."
 )
@@ -237,6 +241,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def budget(**options: Any) -> None:
     """Say what a plan would cost, or what noise a budget needs, without training."""
+    if options["certified"]:
+        from dptaft.cli.certified_budget import certified_budget
+
+        certified_budget(options)
+        return
+    if options["steps"] is None:
+        raise click.UsageError("give --steps (only --certified plans them)")
     epsilon, noise = options["epsilon"], options["noise_multiplier"]
     if (epsilon is None) == (noise is None):
         raise click.UsageError("give exactly one of --epsilon and --noise-multiplier")
@@ -287,7 +298,7 @@ def _plan(options: Mapping[str, Any]) -> Plan:
             if options[name] is None:
                 raise click.UsageError(f"--convex needs --{name.replace('_', '-')}")
         names = ("loss", "feature_bound", "regularization", "step_size", "diameter")
-        convex = {name: options[name] for name in names}
+        convex = {name: options[name] for name in names} | {"loss": options["loss"] or "multinomial-logistic"}
     elif options["regularization"] is not None or options["step_size"] is not None:
         raise click.UsageError("--regularization and --step-size describe a convex plan; add --convex")
     return Plan(
