@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dptaft.auditing.report import audit
     from dptaft.data import ImageData, Split, load_data
     from dptaft.runs import Run, load_run
+    from dptaft.shards import compose, train_shards
 
 _HOMES = {
     "train": "dptaft.api",
@@ -26,9 +27,11 @@ _HOMES = {
     "load_data": "dptaft.data",
     "Run": "dptaft.runs",
     "load_run": "dptaft.runs",
+    "compose": "dptaft.shards",
+    "train_shards": "dptaft.shards",
 }
 
-__all__ = ["ImageData", "Run", "Split", "audit", "load_data", "load_run", "train"]
+__all__ = ["ImageData", "Run", "Split", "audit", "compose", "load_data", "load_run", "train", "train_shards"]
 
 
 def __getattr__(name: str) -> Any:

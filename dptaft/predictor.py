@@ -12,14 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dptaft.algebra import HEAD, TRAINED
 from dptaft.backbones import load_backbone
 from dptaft.data import Split, read_image
 from dptaft.learner import Learner
 from dptaft.runs import WEIGHTS, RunError
 from dptaft.tangent.initialise import initialise_head
 from dptaft.training.plan import ModelConfig, PerformanceConfig
-
-TRAINED, HEAD = "trained/", "head/"
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,29 @@ def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
     assert dptaft.load_run(parent / "2").id == kept
 
 
+def test_a_killed_shard_goes_on_within_its_budget(tmp_path):
+    data, ledger = data_of(), tmp_path / "ledger.sqlite"
+    options = {"epsilon": 3, "steps": 60, "scope": "head", "ledger": ledger}
+
+    def kill(stage, done, total):
+        if stage == "shard 2: training" and done == 40:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train_shards(data, 2, output=tmp_path / "p", progress=kill, **options)
+    assert (tmp_path / "p" / "2.partial").is_dir()
+    with pytest.raises(ShardError, match="begun with 2 shards, not 3"):
+        train_shards(data, 3, output=tmp_path / "p", resume=True, **options)
+    shards = train_shards(data, 2, output=tmp_path / "p", resume=True, **options)
+    statement = dptaft.load_run(shards.path / "2").statement
+    assert statement.recompute().holds
+    assert statement.claim["epsilon"] <= 3
+    assert any("was interrupted" in line for line in statement.admin["caveats"])
+    account = Ledger(ledger).account("small")
+    assert float(account.spent.epsilon_at(1e-5)) <= 3 * (1 + 1e-6)
+    assert not (tmp_path / "p" / "2.partial").exists()
+
+
 def test_the_ledger_charges_shards_in_parallel(tmp_path):
     ledger = tmp_path / "budget.sqlite"
     shards = train_shards(data_of(), 3, output=tmp_path / "s", **FAST | {"ledger": ledger})

@@ -62,18 +62,23 @@ def remove(
         made = remove_shard(run, shard, output, evaluate_on=evaluate_on)
     else:
         from dptaft.cli.progress import Bars
+        from dptaft.training.steps import TrainingInterruptedError
 
-        with Bars() as bars:
-            made = remove_record(
-                run,
-                str(record),
-                output,
-                retrain=retrain,
-                data=None if data is None else _load(data, classes),
-                ledger=None if no_ledger else ledger or "auto",
-                evaluate_on=evaluate_on,
-                progress=bars,
-            )
+        try:
+            with Bars() as bars:
+                made = remove_record(
+                    run,
+                    str(record),
+                    output,
+                    retrain=retrain,
+                    data=None if data is None else _load(data, classes),
+                    ledger=None if no_ledger else ledger or "auto",
+                    evaluate_on=evaluate_on,
+                    progress=bars,
+                )
+        except TrainingInterruptedError as stop:
+            click.echo(str(stop), err=True)
+            raise SystemExit(130) from None
     click.echo(json.dumps(summary(made), indent=2) if as_json else table(made))
 
 

@@ -52,7 +52,7 @@ class Collection:
         partition: public id.
         assignment: the rule, in words.
         shards: all that are part of it now.
-        request: what every shard was asked for (tables privacy, model, optimizer, performance).
+        request: what every shard was asked for (tables privacy, model, optimizer).
         classes: names.
     """
 

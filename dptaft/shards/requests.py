@@ -104,7 +104,6 @@ def described(request: Request) -> dict[str, Any]:
         "privacy": plain(request.privacy),
         "model": plain(request.model),
         "optimizer": optimizer,
-        "performance": plain(request.performance),
     }
 
 
@@ -116,6 +115,6 @@ def stored_request(collection: Collection, data: str) -> Request:
         PrivacyConfig(**stored["privacy"]),
         ModelConfig(**stored["model"]),
         {k: Schedule(**v) if isinstance(v, Mapping) else v for k, v in optimizer.items()},
-        PerformanceConfig(**stored.get("performance", {})),
+        PerformanceConfig(),
         data,
     )

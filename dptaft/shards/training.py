@@ -26,6 +26,7 @@ from dptaft.shards.requests import Source, described, make_request, stored_reque
 from dptaft.training.account import Account
 from dptaft.training.plan import Request
 from dptaft.training.preparation import build_learner, prepare
+from dptaft.training.steps import TrainingInterruptedError
 from dptaft.training.trainer import check_folders, partial_folder, train_prepared
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def train_shards(
     parent = Path(output)
     if resume:
         collection, records = _continued(parent, images, request)
+        if isinstance(shards, int) and shards != len(collection.shards):
+            raise ShardError(f"{parent} was begun with {len(collection.shards)} shards, not {shards}")
     else:
         check_output(parent)
         assignment = assign(images, shards, public_seed)
@@ -278,17 +281,23 @@ class ShardTrainer:
             chosen = whole.features.index(torch.as_tensor(own, device=learner.device))
             return Cached(chosen, f"{whole.digest} {list(own)}"), held_out
 
-        run = train_prepared(
-            prepared,
-            part,
-            self.request,
-            output,
-            partial,
-            features,
-            account=self._account(shard, output, resume),
-            progress=self._staged(shard),
-            sections={"shard": self._section(shard, len(own))},
-        )
+        try:
+            run = train_prepared(
+                prepared,
+                part,
+                self.request,
+                output,
+                partial,
+                features,
+                account=self._account(shard, output, resume),
+                progress=self._staged(shard),
+                sections={"shard": self._section(shard, len(own))},
+            )
+        except TrainingInterruptedError:
+            raise TrainingInterruptedError(
+                f"stopped in shard {shard.name}; give the same command again to go on (dptaft train with "
+                "--resume)"
+            ) from None
         write_trail(self.collection.path, "train", shard=shard.name, run=run.id, records=len(own))
         return run
 
