@@ -175,6 +175,19 @@ def test_poisson_claims_are_tested_on_their_own_curve():
     assert broken.epsilon > broken.claimed
 
 
+def test_bonferroni_tests_every_candidate_at_its_share():
+    rng = np.random.default_rng(8)
+    scores, coins = gaussian_scores(rng, 1.5, 2000)
+    family = gaussian_family(1.5, DELTA)
+    for test, candidate in ((audit_trials, 0.75), (audit_f_one_run, 500)):
+        thrice = test(scores, coins, family, choice=Choice((candidate,) * 3, "bonferroni"))
+        share = test(scores, coins, family, choice=Choice((candidate,)), significance=0.05 / 3)
+        whole = test(scores, coins, family, choice=Choice((candidate,)))
+        assert thrice.epsilon == share.epsilon < whole.epsilon
+        assert thrice.attainable == share.attainable < whole.attainable
+        assert (thrice.significance, thrice.choice) == (0.05, "Bonferroni over 3")
+
+
 def test_planned_guesses_do_not_look_at_scores_and_follow_the_noise():
     few, many = planned_guesses(3.0, 500), planned_guesses(0.3, 500)
     assert 2 <= min(few, many) <= max(few, many) <= 500
