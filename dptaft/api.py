@@ -63,7 +63,9 @@ def train(
         model: ``starter`` or a timm name.
         weights: ``pretrained``, ``random``, or the path of a checkpoint.
         scope: linearised part: ``head``, ``last:K``, ``attention:K`` or ``all``.
-        method: ``tangent``, or ``non-linear`` for ordinary fine-tuning of the same weights.
+        method: ``tangent``; ``non-linear`` for ordinary fine-tuning of the same weights; or
+            ``objective-perturbation`` or ``output-perturbation`` for a tangent model that is solved once,
+            with no steps, clip norm or step size to choose.
         loss: ``cross-entropy``, ``rescaled-square`` or ``huber-square``.
         seed: of everything random in the model (head, fresh parts); noise and samples are never seeded by it.
         feature_precision: of cached activations; what is cached defines the model.

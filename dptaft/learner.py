@@ -17,6 +17,7 @@ from dptaft.features import build_features, feature_key
 from dptaft.tangent.bounded import BoundedOperator
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.cut import Above
+from dptaft.tangent.diameter import DiameterOperator
 from dptaft.tangent.dual_operator import DualOperator
 from dptaft.tangent.initialise import reinitialise_blocks
 from dptaft.tangent.model import TangentModel
@@ -71,7 +72,7 @@ class Learner:
     @property
     def is_convex(self) -> bool:
         """Whether the logits are linear in the trained weights."""
-        return self.config.method == "tangent"
+        return self.config.is_linear
 
     @property
     def tokens(self) -> int:
@@ -86,7 +87,8 @@ class Learner:
 
     def _choose_engine(self) -> str:
         asked = self.performance.engine
-        if self.config.unit_jacobian and asked in ("hooks", "ghost"):
+        bounded = self.config.unit_jacobian or self.config.is_one_shot
+        if bounded and asked in ("hooks", "ghost"):
             raise PlanError(f"engine {asked} does not bound Jacobians; use engine fused")
         if self.config.method == "non-linear":
             if asked == "fused":
@@ -104,10 +106,12 @@ class Learner:
         operator = (
             tangent_operator(self.tangent) if self.engine_kind == "fused" else DualOperator(self.tangent)
         )
+        if self.config.is_one_shot:
+            return DiameterOperator(operator)
         return BoundedOperator(operator) if self.config.unit_jacobian else operator
 
     def _build_module(self) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-        if self.config.method == "tangent":
+        if self.config.is_linear:
             theta = self.tangent.theta()
             if (
                 self.config.unit_jacobian
@@ -176,7 +180,7 @@ class Learner:
     @torch.no_grad()
     def logits(self, features: Features, weights: Mapping[str, Tensor], batch: int = 512) -> Tensor:
         """Logits (n, C) of cached examples for trained weights, on the CPU."""
-        if self.config.method == "tangent":
+        if self.config.is_linear:
             chunks = [features.index(slice(i, i + batch)) for i in range(0, len(features), batch)]
             parts = [self.operator.jvp(chunk, weights) for chunk in chunks]
             if not self.config.centered:

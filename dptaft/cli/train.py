@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,11 @@ STEPS = Steps()
 @click.option("--scope", default="last:1", show_default=True, help="head, last:K, attention:K or all.")
 @click.option(
     "--method",
-    type=click.Choice(["tangent", "non-linear"]),
+    type=click.Choice(["tangent", "non-linear", "objective-perturbation", "output-perturbation"]),
     default="tangent",
     show_default=True,
-    help="Linearised model, or ordinary fine-tuning of the same weights.",
+    help="Linearised model, ordinary fine-tuning of the same weights, or a linearised model solved once: no "
+    "steps, no clipping, nothing to choose.",
 )
 @click.option(
     "--loss",
@@ -214,10 +216,7 @@ def summary(run: Run) -> dict[str, Any]:
         "bound": statement.accounting["bound"],
         "bounds": {bound["name"]: bound["epsilon"] for bound in statement.accounting["bounds"]},
         "released": statement.claim["released"],
-        "noise_multiplier": record["noise_multiplier"],
-        "noise_std": details["noise_std"],
-        "l2_clip_norm": details["l2_clip_norm"],
-        "steps": details["steps_executed"],
+        **_mechanism_facts(record, details),
         "sampling": details["sampler"],
         "adjacency": statement.claim["adjacency"],
         "unit": statement.claim["unit"],
@@ -226,6 +225,19 @@ def summary(run: Run) -> dict[str, Any]:
             name: statement.composition.get(name) for name in ("ledger", "data_set", "total", "remaining")
         },
         "caveats": statement.admin.get("caveats", []),
+    }
+
+
+def _mechanism_facts(record: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
+    """Noise and steps, or what a run without steps has in their place."""
+    if "noise_multiplier" not in record:
+        names = ("method", "regularization", "objective_noise_std", "output_noise_std", "gradient_tolerance")
+        return {"steps": None} | {name: details[name] for name in names}
+    return {
+        "noise_multiplier": record["noise_multiplier"],
+        "noise_std": details["noise_std"],
+        "l2_clip_norm": details["l2_clip_norm"],
+        "steps": details["steps_executed"],
     }
 
 
@@ -251,8 +263,6 @@ def table(run: Run) -> str:
 
 
 def _privacy_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    noise = facts["noise_multiplier"]
-    shown = f"{noise:.5g}" if isinstance(noise, float) else f"{min(noise):.5g} to {max(noise):.5g} (schedule)"
     mu = facts["mu"]
     return [
         ("epsilon", f"{up(facts['epsilon'], 6)} at delta {up(facts['delta'], 3)} ({facts['bound']})"),
@@ -262,12 +272,27 @@ def _privacy_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             if name != facts["bound"] and value is not None
         ),
         ("mu", f"{up(mu, 6)} (Gaussian differential privacy)" if mu is not None else "not exactly Gaussian"),
-        ("noise multiplier", f"{shown} (standard deviation {facts['noise_std']:.5g} on the clipped sum)"),
-        ("steps", f"{facts['steps']} ({facts['sampling']})"),
+        *_mechanism_rows(facts),
         ("adjacency", f"{facts['adjacency']}, unit: {facts['unit']}"),
         ("random source", facts["random_source"]),
         *_budget_rows(facts["ledger"]),
         *(("note", line) for line in facts["caveats"]),
+    ]
+
+
+def _mechanism_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if facts["steps"] is None:
+        inside, outside = facts["objective_noise_std"], facts["output_noise_std"]
+        return [
+            ("method", f"{facts['method']}: no steps, solved to gradient {facts['gradient_tolerance']:.3g}"),
+            ("noise", f"{inside:.5g} on the objective, {outside:.5g} on the weights (standard deviations)"),
+            ("regularization", f"{facts['regularization']:.5g} beside the sum of the losses"),
+        ]
+    noise = facts["noise_multiplier"]
+    shown = f"{noise:.5g}" if isinstance(noise, float) else f"{min(noise):.5g} to {max(noise):.5g} (schedule)"
+    return [
+        ("noise multiplier", f"{shown} (standard deviation {facts['noise_std']:.5g} on the clipped sum)"),
+        ("steps", f"{facts['steps']} ({facts['sampling']})"),
     ]
 
 

@@ -118,7 +118,9 @@ def balance_head(backbone: Backbone, model: ModelConfig) -> None:
     squares = []
     for scope in ("head", model.scope):
         learner = Learner(
-            backbone, replace(model, scope=scope, unit_jacobian=False), PerformanceConfig("cpu")
+            backbone,
+            replace(model, scope=scope, method="tangent", unit_jacobian=False),
+            PerformanceConfig("cpu"),
         )
         images = synthetic_images(PUBLIC_IMAGES, backbone.preprocessing)
         grams = learner.operator.gram(learner.operator.extract(learner.tangent.boundary(images))).double()

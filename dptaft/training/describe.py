@@ -12,6 +12,7 @@ from dptaft.data import ImageData
 from dptaft.revision import source_revision
 from dptaft.training.clipping import l2_sensitivity
 from dptaft.training.noise import FLOAT_MITIGATION, NoiseSource, noise_std
+from dptaft.training.one_shot_plan import DIAMETER, MARGIN, OneShotPlan
 from dptaft.training.optimizers import OptimizerConfig, PrivateOptimizer
 from dptaft.training.plan import ModelConfig, Plan, Request
 from dptaft.training.vouching import assumptions, data_accesses
@@ -55,6 +56,12 @@ def build_statement(
     account says. The published standard deviation is the least of all steps. `certificate` covers the
     executed steps of a certified run.
     """
+    caveats = _caveats(data, request)
+    if completed < plan.steps or len(executed) != plan.steps:
+        caveats.append(
+            f"the run was interrupted: {plan.steps} steps were planned, {len(executed)} are accounted, "
+            f"the weights contain {completed}"
+        )
     return PrivacyStatement.build(
         plan.mechanism(executed),
         plan.delta,
@@ -63,16 +70,58 @@ def build_statement(
         claim=_claim(data, request, plan, backbone, certificate),
         details=_details(request, plan, optimizer, private, executed),
         composition=_composition(request) | dict(charged),
-        implementation=_implementation(plan),
+        implementation=_implementation(_sampling_source(plan)),
         utility=utility,
-        admin={**admin, "caveats": _caveats(data, request, plan, executed, completed) + _unrecorded(charged)},
+        admin={**admin, "caveats": caveats + _unrecorded(charged)},
     )
+
+
+def build_one_shot_statement(
+    data: ImageData,
+    request: Request,
+    plan: OneShotPlan,
+    *,
+    backbone: Mapping[str, str],
+    charged: Mapping[str, Any],
+    utility: Mapping[str, Any],
+    admin: Mapping[str, Any],
+) -> PrivacyStatement:
+    """Account a run without steps and write down claim, mechanism and circumstances."""
+    return PrivacyStatement.build(
+        plan.mechanism(),
+        plan.delta,
+        unit="one training record",
+        claim=_claim(data, request, plan, backbone, None),
+        details=_one_shot_details(request, plan),
+        composition=_composition(request) | dict(charged),
+        implementation=_implementation("none: all records at once"),
+        utility=utility,
+        admin={**admin, "caveats": _caveats(data, request) + _unrecorded(charged)},
+    )
+
+
+def _one_shot_details(request: Request, plan: OneShotPlan) -> dict[str, Any]:
+    return {
+        "method": plan.method,
+        "clipping": "none acts: Jacobians of diameter 1 bound every gradient",
+        "gradient_bound": DIAMETER,
+        "regularization": plan.regularization,
+        "objective_noise_std": plan.noise_std,
+        "output_noise_std": plan.output_noise_std,
+        "gradient_tolerance": plan.gradient_tolerance,
+        "sampler": "none: all records at once",
+        "stopping_rule": "none: there are no steps; the problem is solved to the gradient tolerance",
+        "scope": request.model.scope,
+        "loss": request.model.loss,
+        "margin": MARGIN,
+        "dtypes": {"sums": "float64", "noise": "float64", "features": request.model.feature_precision},
+    }
 
 
 def _claim(
     data: ImageData,
     request: Request,
-    plan: Plan,
+    plan: Plan | OneShotPlan,
     backbone: Mapping[str, str],
     certificate: ConvexityCertificate | None,
 ) -> dict[str, Any]:
@@ -94,9 +143,7 @@ def _claim(
     }
 
 
-def _caveats(
-    data: ImageData, request: Request, plan: Plan, executed: tuple[int, ...], completed: int
-) -> list[str]:
+def _caveats(data: ImageData, request: Request) -> list[str]:
     """What a reader of the claim must know, one line each."""
     found = []
     chosen = _chosen(request)
@@ -104,11 +151,6 @@ def _caveats(
         found.append(
             f"given by the user: {', '.join(chosen)}; trying several values on these records costs privacy "
             "that is not accounted here"
-        )
-    if completed < plan.steps or len(executed) != plan.steps:
-        found.append(
-            f"the run was interrupted: {plan.steps} steps were planned, {len(executed)} are accounted, "
-            f"the weights contain {completed}"
         )
     if data.skips_corrupt:
         found.append(
@@ -188,10 +230,13 @@ def _composition(request: Request) -> dict[str, Any]:
     }
 
 
-def _implementation(plan: Plan) -> dict[str, Any]:
-    sampling = (
-        "none: every record in every step" if plan.sampling.kind == "full-batch" else NoiseSource.description
-    )
+def _sampling_source(plan: Plan) -> str:
+    if plan.sampling.kind == "full-batch":
+        return "none: every record in every step"
+    return NoiseSource.description
+
+
+def _implementation(sampling: str) -> dict[str, Any]:
     return {
         "versions": _versions(),
         "source_revision": source_revision(),

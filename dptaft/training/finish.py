@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,16 @@ from dptaft.runs import (
     write_statement,
 )
 from dptaft.training.describe import build_statement, no_claim
-from dptaft.training.plan import Request, plain
-from dptaft.training.preparation import Prepared
+from dptaft.training.plan import Request, delta_warning, plain
+from dptaft.training.preparation import Prepared, PreparedOneShot
 from dptaft.training.steps import Trained
+
+
+def warn_of_delta(delta: float, data: ImageData, request: Request) -> None:
+    """Warn where a private run's delta protects nobody."""
+    warning = delta_warning(delta, request.privacy.public_size or len(data.train))
+    if warning is not None and request.privacy.is_private:
+        warnings.warn(warning, UserWarning, stacklevel=3)
 
 
 def evaluate(
@@ -70,8 +79,49 @@ def write_run(
 
     `charged` is what the account says; `sections` are further tables of the configuration.
     """
+    tables = {"optimizer": plain(prepared.optimizer), **(sections or {})}
+    found = write_files(folder, name, data, request, prepared, trained.weights, metrics, tables)
+    if found.no_claim:
+        return
+    statement = build_statement(
+        data,
+        request,
+        prepared.plan,
+        prepared.optimizer,
+        trained.private,
+        trained.executed,
+        completed=trained.completed,
+        backbone=found.backbone,
+        charged=charged,
+        utility=utility_of(metrics),
+        admin=found.admin,
+        certificate=prepared.spending(trained.executed).certificate,
+    )
+    write_statement(folder, statement)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a statement says of files: the backbone, the folder; `no_claim` where there is no statement."""
+
+    backbone: Mapping[str, str]
+    admin: Mapping[str, Any]
+    no_claim: bool
+
+
+def write_files(
+    folder: Path,
+    name: str,
+    data: ImageData,
+    request: Request,
+    prepared: Prepared | PreparedOneShot,
+    weights: Mapping[str, Tensor],
+    metrics: list[dict[str, Any]],
+    tables: Mapping[str, Mapping[str, Any]],
+) -> Written:
+    """Write everything but a statement; `tables` are further tables of the configuration."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    tensors = {f"{TRAINED}{key}": value for key, value in trained.weights.items()}
+    tensors = {f"{TRAINED}{key}": value for key, value in weights.items()}
     tensors |= {f"{HEAD}{key}": value for key, value in prepared.head.items()}
     content = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     (folder / WEIGHTS).write_bytes(save(content))
@@ -82,12 +132,11 @@ def write_run(
         "run": {"format": FORMAT, "id": name, "time": now},
         "privacy": privacy,
         "model": plain(request.model),
-        "optimizer": plain(prepared.optimizer),
         "engine": {"kind": prepared.learner.engine_kind},
         "backbone": described,
         "preprocessing": describe_preprocessing(backbone.preprocessing),
         "data": {"name": request.data, "classes": list(data.classes)},
-        **(sections or {}),
+        **tables,
     }
     write_config(folder, config)
     write_metrics(folder, metrics)
@@ -95,25 +144,11 @@ def write_run(
     reason = no_claim(request)
     if reason is not None:
         write_no_claim(folder, reason, admin)
-        return
-    statement = build_statement(
-        data,
-        request,
-        prepared.plan,
-        prepared.optimizer,
-        trained.private,
-        trained.executed,
-        completed=trained.completed,
-        backbone=described,
-        charged=charged,
-        utility=_utility(metrics),
-        admin=admin,
-        certificate=prepared.spending(trained.executed).certificate,
-    )
-    write_statement(folder, statement)
+    return Written(described, admin, reason is not None)
 
 
-def _utility(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+def utility_of(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of the evaluation split, as the statement gives it."""
     if not metrics:
         return {}
     return {

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dptaft.training.plan import PlanError, PrivacyConfig, default_delta
+from dptaft.training.plan import ONE_SHOT, PlanError, PrivacyConfig, default_delta
 from dptaft_accounting import (
     Mechanism,
     OutputPerturbation,
@@ -23,7 +23,6 @@ from dptaft_accounting import (
 )
 from dptaft_accounting.errors import CalibrationError
 
-ONE_SHOT = ("objective-perturbation", "output-perturbation")
 MARGIN = 4.0
 """Added to the wrong classes' logits: records count until they are classified with room to spare."""
 

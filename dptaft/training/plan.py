@@ -24,7 +24,8 @@ from dptaft_accounting import (
 SAMPLERS = ("auto", "full-batch", "poisson", "cyclic-partition")
 ADJACENCIES = ("zero-out", "add-remove", "replace-one")
 ENGINES = ("auto", "fused", "hooks", "ghost")
-METHODS = ("tangent", "non-linear")
+ONE_SHOT = ("objective-perturbation", "output-perturbation")
+METHODS = ("tangent", "non-linear", *ONE_SHOT)
 _SMALLEST_CLIP = 1e-20
 """Far smaller clipped gradients would be rounded to multiples of float32's smallest number."""
 
@@ -119,7 +120,8 @@ class ModelConfig:
         name: ``starter`` or a timm name.
         weights: ``pretrained``, ``random``, or the path of a checkpoint.
         scope: which weights are trained.
-        method: ``tangent`` or ``non-linear``.
+        method: ``tangent``, ``non-linear``, or a tangent model that is solved once:
+            ``objective-perturbation`` or ``output-perturbation``.
         loss: name of the loss.
         seed: public seed of everything random in the model.
         feature_precision: of cached activations.
@@ -151,14 +153,28 @@ class ModelConfig:
             f"reinitialised_blocks must not be negative, got {self.reinitialised_blocks}",
         )
         _require(
-            self.method == "tangent" or (self.centered and not self.fresh_class_token),
+            self.is_linear or (self.centered and not self.fresh_class_token),
             "an uncentred offset and a fresh class token belong to tangent models; use method tangent",
         )
         _require(
             self.method == "tangent" or not self.unit_jacobian,
-            "certified training needs logits that are linear in the weights, which method "
-            f"{self.method} does not have; use method tangent",
+            "certified training takes steps on logits that are linear in the weights, not so method "
+            f"{self.method}; use method tangent",
         )
+        _require(
+            not self.is_one_shot or self.loss == "cross-entropy",
+            f"{self.method} is proved for softmax cross-entropy, not for the loss {self.loss}; leave it out",
+        )
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the logits are linear in the trained weights."""
+        return self.method != "non-linear"
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether the weights come from one perturbed problem in place of steps."""
+        return self.method in ONE_SHOT
 
 
 @dataclass(frozen=True)

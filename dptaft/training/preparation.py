@@ -21,6 +21,7 @@ from dptaft.training.defaults import (
     jacobian_scale,
 )
 from dptaft.training.losses import LOSSES
+from dptaft.training.one_shot_plan import OneShotPlan, check_settings, plan_one_shot
 from dptaft.training.optimizers import OptimizerConfig
 from dptaft.training.plan import (
     Plan,
@@ -68,6 +69,40 @@ class Prepared:
         return Spending(mechanism, certificate, self.plan.delta)
 
 
+@dataclass(frozen=True)
+class PreparedOneShot:
+    """A run without steps, ready to read private images."""
+
+    learner: Learner
+    plan: OneShotPlan
+    head: Mapping[str, Tensor]
+
+    def spending(self) -> Spending:
+        """Cost of the run: all of it at once."""
+        return Spending(self.plan.mechanism() if self.plan.is_noisy else None, None, self.plan.delta)
+
+
+def prepare_one_shot(data: ImageData, request: Request) -> PreparedOneShot:
+    """Build the model and choose regularisation and noise; no private image is read here.
+
+    Raises:
+        PlanError: a setting that only stepwise training has, or a target that cannot be met.
+    """
+    method = request.model.method
+    if request.optimizer:
+        raise PlanError(f"{method} takes no steps: leave out {', '.join(sorted(request.optimizer))}")
+    check_settings(method, request.privacy)
+    learner = build_learner(data, request)
+    plan = plan_one_shot(
+        method,
+        request.privacy,
+        num_records=len(data.train),
+        num_classes=len(data.classes),
+        dimension=sum(shape.numel() for shape in learner.operator.parameter_shapes.values()),
+    )
+    return PreparedOneShot(learner, plan, frozen_head(learner))
+
+
 def build_learner(data: ImageData, request: Request) -> Learner:
     """Backbone, head and tangent model; several runs of the same model may share one."""
     model = request.model
@@ -76,7 +111,8 @@ def build_learner(data: ImageData, request: Request) -> Learner:
     backbone = load_backbone(
         model.name, num_classes=len(data.classes), seed=model.seed, weights=model.weights, head=model.head
     )
-    if model.unit_jacobian and model.head == "random" and model.scope != "head":
+    bounded = model.unit_jacobian or model.is_one_shot
+    if bounded and model.head == "random" and model.scope != "head":
         balance_head(backbone, model)
     return Learner(backbone, model, request.performance)
 
@@ -93,12 +129,16 @@ def prepare(data: ImageData, request: Request, learner: Learner | None = None) -
         PlanError: a request that cannot be met, or a learner of another model.
     """
     privacy = request.privacy
+    if request.model.is_one_shot:
+        raise PlanError(
+            f"{request.model.method} takes no steps; it is trained on its own, with `dptaft train`"
+        )
     learner = build_learner(data, request) if learner is None else learner
     if learner.config != request.model:
         raise PlanError("the shared learner was built for another model; build one for this request")
     if privacy.certified:
         return _prepare_certified(data, request, learner)
-    head = _head(learner)
+    head = frozen_head(learner)
     records = privacy.public_size or len(data.train)
     delta = privacy.delta if privacy.delta is not None else default_delta(records)
     defaults = default_hyperparameters(records, privacy.epsilon, delta)
@@ -126,7 +166,8 @@ def prepare(data: ImageData, request: Request, learner: Learner | None = None) -
     return Prepared(learner, plan, optimizer, clip, head)
 
 
-def _head(learner: Learner) -> dict[str, Tensor]:
+def frozen_head(learner: Learner) -> dict[str, Tensor]:
+    """The head of the frozen network, which is a part of the run."""
     classifier = learner.backbone.model.get_classifier()
     return {"weight": classifier.weight.detach().clone(), "bias": classifier.bias.detach().clone()}
 
@@ -158,7 +199,7 @@ def _prepare_certified(data: ImageData, request: Request, learner: Learner) -> P
         sampling=found.sampling,
         certify=found.certify,
     )
-    return Prepared(learner, plan, optimizer, found.l2_clip_norm, _head(learner), found)
+    return Prepared(learner, plan, optimizer, found.l2_clip_norm, frozen_head(learner), found)
 
 
 def design_for(

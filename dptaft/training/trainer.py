@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from dptaft.data import ImageData
 from dptaft.learner import Cached, Progress
 from dptaft.runs import Run, check_output, load_run, new_run
 from dptaft.training.account import Account
-from dptaft.training.finish import evaluate, write_run
-from dptaft.training.plan import PlanError, Request, delta_warning
+from dptaft.training.finish import evaluate, warn_of_delta, write_run
+from dptaft.training.one_shot_run import run_one_shot
+from dptaft.training.plan import PlanError, Request
 from dptaft.training.preparation import Prepared, prepare
 from dptaft.training.steps import train_steps
 
@@ -42,6 +42,12 @@ def run_training(
         TrainingInterruptedError: a signal asked for a stop.
     """
     partial = check_folders(output, resume)
+    if request.model.is_one_shot:
+        if resume:
+            raise PlanError(
+                f"{request.model.method} has no steps to continue; remove {partial} and train again"
+            )
+        return run_one_shot(data, request, output, account=account, progress=progress)
     prepared = prepare(data, request)
 
     def features() -> tuple[Cached, Cached | None]:
@@ -103,9 +109,7 @@ def train_prepared(
         ValueError: as for `run_training`.
         TrainingInterruptedError: a signal asked for a stop.
     """
-    warning = delta_warning(prepared.plan.delta, request.privacy.public_size or len(data.train))
-    if warning is not None and request.privacy.is_private:
-        warnings.warn(warning, UserWarning, stacklevel=2)
+    warn_of_delta(prepared.plan.delta, data, request)
     account.reserve(prepared.spending())
     try:
         cached, held_out = features()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dptaft.data import ImageData
+from dptaft.training.one_shot_plan import OneShotPlan
 from dptaft.training.plan import Plan, Request
 from dptaft_accounting.convexity import ConvexityCertificate
 
@@ -53,11 +54,56 @@ def _backbone(request: Request) -> str:
 def assumptions(
     data: ImageData,
     request: Request,
-    plan: Plan,
+    plan: Plan | OneShotPlan,
     backbone: Mapping[str, str],
     certificate: ConvexityCertificate | None = None,
 ) -> list[dict[str, str]]:
     """Everything the claim rests on, with who vouches for it and where to look."""
+    found = _of_one_shot(plan) if isinstance(plan, OneShotPlan) else _of_steps(plan, certificate)
+    if request.privacy.adjacency == "add-remove":
+        found.append(("the public number of records does not come from the data", _BY_USER, "--public-size"))
+    if data.classes_are_public and not data.is_public:
+        found.append(("the list of classes does not come from the data", _BY_USER, "--classes"))
+    by, where = (
+        (_BY_CODE, "fingerprint in run.toml") if _backbone(request) == PUBLIC else (_BY_USER, "--model")
+    )
+    return [
+        {"assumption": text, "vouched_by": who, "where": place}
+        for text, who, place in (
+            *found,
+            (f"the weights of the backbone {backbone['name']} were not made from these records", by, where),
+            ("one person owns at most one record", _BY_NOBODY, "the data"),
+            ("the operating system's entropy is unpredictable", _BY_NOBODY, "the training machine"),
+            ("checkpoints, caches and logs of the run stay secret", _BY_NOBODY, "the training machine"),
+        )
+    ]
+
+
+def _of_one_shot(plan: OneShotPlan) -> list[tuple[str, str, str]]:
+    """What a run without steps rests on."""
+    found = [
+        ("epsilon is an upper bound for the recorded mechanism", _BY_PROOF, "docs/accounting.md"),
+        ("one record's Jacobian has diameter at most 1", _BY_CODE, "dptaft/tangent/diameter.py"),
+        (
+            "the released point was found to the gradient tolerance before noise was added",
+            _BY_CODE,
+            "dptaft/training/one_shot.py",
+        ),
+        ("the weights get Gaussian noise of the stated deviation", _BY_CODE, "dptaft/training/noise.py"),
+    ]
+    if plan.noise_std > 0:
+        found.append(
+            (
+                "the objective's random linear term is Gaussian, of the stated deviation, and secret",
+                _BY_CODE,
+                "dptaft/training/one_shot.py",
+            )
+        )
+    return found
+
+
+def _of_steps(plan: Plan, certificate: ConvexityCertificate | None) -> list[tuple[str, str, str]]:
+    """What a run of noisy steps rests on."""
     found = [
         ("epsilon is an upper bound for the recorded mechanism", _BY_PROOF, "docs/accounting.md"),
         (
@@ -79,23 +125,7 @@ def assumptions(
             ("features and steps obey the certificate's bounds", _BY_CODE, "accounting.certificate"),
             ("no iterate but the last one leaves the training machine", _BY_NOBODY, "the user"),
         ]
-    if request.privacy.adjacency == "add-remove":
-        found.append(("the public number of records does not come from the data", _BY_USER, "--public-size"))
-    if data.classes_are_public and not data.is_public:
-        found.append(("the list of classes does not come from the data", _BY_USER, "--classes"))
-    by, where = (
-        (_BY_CODE, "fingerprint in run.toml") if _backbone(request) == PUBLIC else (_BY_USER, "--model")
-    )
-    return [
-        {"assumption": text, "vouched_by": who, "where": place}
-        for text, who, place in (
-            *found,
-            (f"the weights of the backbone {backbone['name']} were not made from these records", by, where),
-            ("one person owns at most one record", _BY_NOBODY, "the data"),
-            ("the operating system's entropy is unpredictable", _BY_NOBODY, "the training machine"),
-            ("checkpoints, caches and logs of the run stay secret", _BY_NOBODY, "the training machine"),
-        )
-    ]
+    return found
 
 
 _SAMPLING = {

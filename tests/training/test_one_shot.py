@@ -14,8 +14,8 @@ from dptaft.tangent.operator import Features
 from dptaft.training import one_shot
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
 from dptaft.training.one_shot import SoftmaxProblem, margin_cotangents, minimise, train_once
-from dptaft.training.one_shot_plan import ONE_SHOT, OneShotPlan, plan_one_shot, quantisation
-from dptaft.training.plan import PlanError, PrivacyConfig
+from dptaft.training.one_shot_plan import OneShotPlan, plan_one_shot, quantisation
+from dptaft.training.plan import ONE_SHOT, PlanError, PrivacyConfig
 from dptaft_accounting import best_bound
 from dptaft_accounting.errors import AccountingError
 

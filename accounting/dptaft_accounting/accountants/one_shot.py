@@ -48,12 +48,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from dptaft_accounting.mechanisms import ObjectivePerturbation, SoftmaxObjectivePerturbation
 from dptaft_accounting.profiles import DeltaCurve
 from dptaft_accounting.tradeoff import mu_to_delta
 
 _UP = 1 + 1e-12
+_NO_CHORD = 1e-3
+_LEAST_KNEE = 0.01
+_KNEES = 64
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,35 @@ class SoftmaxObjectiveProfile(DeltaCurve):
         return cls(mu * _UP, output * _UP, shift * _UP, vertices)
 
     def delta(self, epsilon: float) -> float:
-        """Evaluates the theorem, or the chord of the curve in e^eps below kappa."""
+        """Evaluates the theorem, or the chord around epsilon 0 where that is smaller."""
         left = epsilon - self.shift
-        if left < 0:
-            # the curve is convex in e^eps and 1 at e^eps = 0
-            return 1 + math.exp(left) * (self.delta(self.shift) - 1)
         found = mu_to_delta(self.output_mu, left) + self.alternatives * mu_to_delta(self.mu, left)
-        return min(1.0, found)
+        if found < _NO_CHORD or epsilon < 0:
+            return min(1.0, found)
+        return min(1.0, found, self._chord(epsilon))
+
+    def _chord(self, epsilon: float) -> float:
+        """At most this between -a and a: the true curve is convex in e^eps and known at both ends.
+
+        Both directions have the same bound, so delta(-a) = 1 - e^-a (1 - delta'(a)) with delta' the other
+        direction.
+        """
+        a, top = self._knee
+        if epsilon >= a:
+            return 1.0
+        low, bottom = math.exp(-a), -math.expm1(-a) + math.exp(-a) * top
+        share = (math.exp(epsilon) - low) / (math.exp(a) - low)
+        return (bottom + share * (top - bottom)) * _UP
+
+    @cached_property
+    def _knee(self) -> tuple[float, float]:
+        """Epsilon a whose chord to -a is lowest at 0, and delta there; any a would be valid."""
+        best, at = (0.0, 1.0), 1.0
+        for k in range(_KNEES):
+            a = _LEAST_KNEE * 1.12**k
+            left = a - self.shift
+            delta = mu_to_delta(self.output_mu, left) + self.alternatives * mu_to_delta(self.mu, left)
+            middle = (math.expm1(a) + 2 * delta) / (math.exp(a) + 1)
+            if middle < at:
+                best, at = (a, min(1.0, delta)), middle
+        return best
