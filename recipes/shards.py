@@ -1,7 +1,7 @@
 """Accuracy over the number of shards, after removing shards, and the time that removal takes.
 
 python recipes/shards.py measure digits --repeats 3
-python recipes/shards.py measure fashion-mnist --train 10000
+python recipes/shards.py measure fashion-mnist --train 10000 --evaluation 2000
 python recipes/shards.py plot
 
 `measure` trains the data set in 1 to 50 random shards, with and without privacy, default options throughout,
@@ -36,12 +36,14 @@ EPSILONS = (3.0, math.inf)
 KEPT = (49, 40, 25, 10, 5, 1)
 
 
-def load(name: str, train: int | None) -> dptaft.ImageData:
-    """The data set, or its first `train` training images."""
+def load(name: str, train: int | None, evaluation: int | None) -> dptaft.ImageData:
+    """The data set, or its first `train` training and `evaluation` evaluation images."""
     data = dptaft.load_data(name)
-    if train is None:
-        return data
-    return dataclasses.replace(data, train=data.train.take(range(train)))
+    if train is not None:
+        data = dataclasses.replace(data, train=data.train.take(range(train)))
+    if evaluation is not None:
+        data = dataclasses.replace(data, evaluation=data.evaluation.take(range(evaluation)))
+    return data
 
 
 def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
@@ -104,33 +106,38 @@ def measure_removal(data: dptaft.ImageData, folder: Path) -> list[dict[str, Any]
     return rows
 
 
-def measure(name: str, train: int | None, repeats: int) -> None:
-    """All settings of one data set, written to the results as they come."""
-    data = load(name, train)
-    target = RESULTS / f"{name}.json"
+def measure(data: dptaft.ImageData, repeats: int, most_rows: int | None) -> None:
+    """All settings of one data set that are not in its results yet, written as they come."""
+    target = RESULTS / f"{data.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        "data": name,
-        "records": len(data.train),
-        "evaluation": len(data.evaluation),
-        "version": version("dptaft"),
-        "shards": [],
-        "removal": [],
-    }
+    content = _begun(target, data)
+    done = {(row["repeat"], row["epsilon"], row["shards"]) for row in content["shards"]}
+    wanted = [
+        (repeat, epsilon, shards) for repeat in range(repeats) for epsilon in EPSILONS for shards in SHARDS
+    ]
+    left = [(r, e, s) for r, e, s in wanted if (r, "inf" if math.isinf(e) else e, s) not in done]
     with tempfile.TemporaryDirectory() as cache:
-        for repeat in range(repeats):
-            for epsilon in EPSILONS:
-                for shards in SHARDS:
-                    with tempfile.TemporaryDirectory() as folder:
-                        row = measure_shards(data, shards, epsilon, Path(folder), Path(cache))
-                        content["shards"].append({"repeat": repeat} | row)
-                        print(json.dumps(row), flush=True)
-                        if shards == max(SHARDS):
-                            for removed in measure_removal(data, Path(folder)):
-                                content["removal"].append(
-                                    {"repeat": repeat, "epsilon": row["epsilon"]} | removed
-                                )
-                    target.write_text(json.dumps(content, indent=1) + "\n")
+        for repeat, epsilon, shards in left[:most_rows]:
+            with tempfile.TemporaryDirectory() as folder:
+                row = measure_shards(data, shards, epsilon, Path(folder), Path(cache))
+                content["shards"].append({"repeat": repeat} | row)
+                print(json.dumps(row), flush=True)
+                if shards == max(SHARDS):
+                    content["removal"] += [
+                        {"repeat": repeat, "epsilon": row["epsilon"]} | removed
+                        for removed in measure_removal(data, Path(folder))
+                    ]
+            target.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _begun(target: Path, data: dptaft.ImageData) -> dict[str, Any]:
+    """Results so far, of the same data."""
+    facts = {"data": data.name, "records": len(data.train), "evaluation": len(data.evaluation)}
+    if target.exists():
+        content: dict[str, Any] = json.loads(target.read_text())
+        if all(content[key] == value for key, value in facts.items()):
+            return content
+    return facts | {"version": version("dptaft"), "shards": [], "removal": []}
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:
@@ -252,12 +259,14 @@ def main() -> None:
     parser.add_argument("action", choices=["measure", "plot"])
     parser.add_argument("data", nargs="?", default="digits")
     parser.add_argument("--train", type=int, help="first training images only")
+    parser.add_argument("--evaluation", type=int, help="first evaluation images only")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--rows", type=int, help="stop after so many new settings")
     args = parser.parse_args()
     if args.action == "plot":
         plot()
     else:
-        measure(args.data, args.train, args.repeats)
+        measure(load(args.data, args.train, args.evaluation), args.repeats, args.rows)
 
 
 if __name__ == "__main__":

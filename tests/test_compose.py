@@ -163,6 +163,16 @@ def test_different_deltas_compose_at_the_smallest(parts, tmp_path):
     assert run.statement.claim["epsilon"] > parts[0].statement.claim["epsilon"]
 
 
+def test_every_use_of_data_is_that_of_the_worst_part(parts, tmp_path):
+    data = dataclasses.replace(data_of(range(30), "private"), classes_are_public=False)
+    other = dptaft.train(data, epsilon=3, steps=3, output=tmp_path / "other")
+    run = compose([parts[0], other], tmp_path / "run")
+    uses = [r.statement.claim["data_accesses"]["classes"] for r in (parts[0], other, run)]
+    assert uses == ["public, declared by the user", "not covered", "not covered"]
+    lost = "the list of classes: it was taken from the data"
+    assert lost in run.statement.claim["not_protected"]
+
+
 def test_a_part_without_a_claim_leaves_none(parts, tmp_path):
     free = train_part(tmp_path, 1, epsilon=math.inf)
     run = compose([parts[0], free], tmp_path / "run")
