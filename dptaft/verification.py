@@ -213,7 +213,7 @@ def _second(statement: PrivacyStatement) -> tuple[SecondOpinion, Check]:
 
 def _classes(folder: Path) -> int | None:
     """Number of classes of a run, None where its configuration does not say."""
-    with contextlib.suppress(RunError, TypeError):
+    with contextlib.suppress(RunError, KeyError, TypeError):
         return len(read_config(folder)["data"]["classes"])
     return None
 
