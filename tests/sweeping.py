@@ -15,7 +15,7 @@ def recipe(
         "shows": "that it runs",
         "seeds": list(seeds),
         "budget": {"treatment": treatment, **budget},
-        "options": {"steps": steps},
+        "options": {} if steps is None else {"steps": steps},
         "data": data or [{"name": "digits", "source": "digits"}],
         "methods": [dict(method) for method in methods],
     }

@@ -45,19 +45,21 @@ def test_points_are_every_combination_with_readable_and_different_names():
     assert expand(recipe())[0].id == expand(recipe(reference=True))[0].id
 
 
-def test_options_of_the_recipe_reach_the_request_as_train_would_make_it(monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "last:1", "loss": "huber-square", "l2_clip_norm": 0.5, "sampling": "poisson"}
+        | {"expected_batch_size": 32, "device": "cpu"}
+        | {"optimizer": {"kind": "adam", "learning_rate_schedule": "linear:0.5"}},
+        {"certified": True},
+        {"scope": "head", "method": "objective-perturbation"},
+    ],
+)
+def test_options_of_the_recipe_reach_the_request_as_train_would_make_it(monkeypatch, options):
     """The request of a point is the one that `dptaft.train` makes of the same options."""
-    method = {
-        "name": "m",
-        "scope": "last:1",
-        "loss": "huber-square",
-        "l2_clip_norm": 0.5,
-        "sampling": "poisson",
-        "expected_batch_size": 32,
-        "device": "cpu",
-        "optimizer": {"kind": "adam", "learning_rate_schedule": "linear:0.5"},
-    }
-    (point,) = expand(recipe(methods=(method,), epsilons=[2.0], seeds=(3,), delta=1e-6))
+    (point,) = expand(
+        recipe(methods=({"name": "m"} | options,), epsilons=[2.0], seeds=(3,), delta=1e-6, steps=None)
+    )
     seen = []
 
     def capture(data, request, output, **given):

@@ -61,6 +61,7 @@ class SweepPoint:
             names = {_RENAMED.get(f.name, f.name): f.name for f in fields(kind)}
             known |= set(names)
             configs[kind] = {names[key]: value for key, value in options.items() if key in names}
+        configs[ModelConfig]["unit_jacobian"] = bool(options.get("certified", False))
         defaults = {name: option.default for name, option in train_options().items()}
         for name, value in options.items():
             if name not in known and (name not in defaults or value != defaults[name]):

@@ -32,7 +32,7 @@ from dptaft.sweep.write import write_files
 from dptaft.training.checkpoint import write_atomically
 from dptaft.training.noise import NoiseSource
 from dptaft.training.plan import default_delta
-from dptaft.training.preparation import Prepared
+from dptaft.training.preparation import Prepared, PreparedOneShot
 from dptaft_accounting import (
     FullBatchGaussian,
     Mechanism,
@@ -170,13 +170,15 @@ def _with_budget(point: SweepPoint, choice: Choice) -> SweepPoint:
     return replace(point, epsilon=epsilon, options=dict(point.options) | {"delta": choice.delta})
 
 
-def _plans(points: Sequence[SweepPoint], choice: Choice, worker: Worker) -> dict[str, Prepared]:
+def _plans(
+    points: Sequence[SweepPoint], choice: Choice, worker: Worker
+) -> dict[str, Prepared | PreparedOneShot]:
     """Plans of all candidates, each of which costs at most the base.
 
     Raises:
         RecipeError: one of another kind, whose curve the base does not bound.
     """
-    found: dict[str, Prepared] = {}
+    found: dict[str, Prepared | PreparedOneShot] = {}
     for task in group(points):
         found |= worker.plans(task)
     for name, prepared in found.items():

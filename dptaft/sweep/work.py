@@ -20,7 +20,7 @@ from dptaft.sweep.treatment import SweepAccount
 from dptaft.training.account import Spending
 from dptaft.training.members import Point, can_share_steps, most_members, run_members
 from dptaft.training.plan import Request
-from dptaft.training.preparation import Prepared, build_learner, prepare
+from dptaft.training.preparation import Prepared, PreparedOneShot, build_learner, prepare, prepare_one_shot
 from dptaft.training.steps import TrainingInterruptedError
 from dptaft.training.trainer import partial_folder
 
@@ -80,17 +80,20 @@ class Worker:
         """Run folder of a point."""
         return self._folder / point.id
 
-    def plans(self, task: Task) -> dict[str, Prepared]:
+    def plans(self, task: Task) -> dict[str, Prepared | PreparedOneShot]:
         """Every public decision of the points, by id; no private image is read.
 
         Raises:
             ValueError: a point that cannot be planned.
         """
-        found: dict[str, Prepared] = {}
+        found: dict[str, Prepared | PreparedOneShot] = {}
         learner: Learner | None = None
         for point in task.points:
             images, request = self.images(point), self._request(point)
             images.check_adjacency(request.privacy.adjacency)
+            if request.model.is_one_shot:
+                found[point.id] = prepare_one_shot(images, request)
+                continue
             if learner is None or learner.config != request.model or not task.shared:
                 learner = build_learner(images, request)
                 use_fastest_layout(learner, len(images.train))
@@ -107,7 +110,8 @@ class Worker:
         batched: dict[str, Prepared] = {}
         if task.shared and len(task.points) > 1:
             try:
-                batched = {k: p for k, p in self.plans(task).items() if can_share_steps(p)}
+                plans = self.plans(task)
+                batched = {k: p for k, p in plans.items() if isinstance(p, Prepared) and can_share_steps(p)}
             except (ValueError, OSError):
                 batched = {}  # each point says for itself what is wrong with it
         together = [point for point in task.points if point.id in batched]

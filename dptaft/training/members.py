@@ -69,10 +69,10 @@ class Member:
 def can_share_steps(prepared: Prepared) -> bool:
     """Whether the steps of a run can be batched with others of the same model.
 
-    True for tangent models with the fused engine, full batches, and steps without a certificate.
+    True for tangent models with the fused engine, full batches, and steps that are not certified.
     """
     fused = prepared.learner.engine_kind == "fused"
-    return fused and prepared.plan.sampling.kind == "full-batch" and prepared.certificate is None
+    return fused and prepared.plan.sampling.kind == "full-batch" and prepared.design is None
 
 
 def most_members(learner: Learner) -> int:
