@@ -26,7 +26,7 @@ main { max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.1rem 0 0.2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.05rem; margin: 0 0 0.6rem; }
 h3 { font-size: 0.92rem; margin: 1rem 0 0.3rem; }
-p { margin: 0 0 0.6rem; }
+p { margin: 0 0 0.6rem; overflow-wrap: anywhere; }
 section { margin-top: 1.6rem; }
 .eyebrow { text-transform: uppercase; letter-spacing: 0.08em; font-size: 0.75rem;
   color: var(--soft); margin: 0; }
@@ -58,6 +58,7 @@ figcaption { color: var(--soft); font-size: 0.85rem; }
   display: grid; grid-template-columns: 13rem 4.5rem 6rem 1fr; gap: 0 1rem; align-items: center;
   padding: 0.4rem 0; border-top: 1px solid var(--line);
 }
+dt, dd, th { overflow-wrap: anywhere; }
 dt { font-weight: 600; }
 dd { margin: 0; }
 .amount { text-align: right; font-variant-numeric: tabular-nums; font-weight: 600; }
