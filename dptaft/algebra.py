@@ -155,8 +155,7 @@ def check_same_map(whole: TangentWeights, part: TangentWeights) -> None:
         if value.shape != rows.shape or not np.array_equal(value, rows):
             raise AlgebraError(
                 f"the runs have different {name.replace('/', ' ')}, so their tangent weights multiply "
-                "different "
-                "Jacobians; train them with one head (the same --seed or --head)"
+                "different Jacobians; train them with one head (the same --seed or --head)"
             )
     if set(part.trained) != set(whole.trained):
         raise AlgebraError("the runs train different weights; compose runs of one scope")

@@ -202,8 +202,7 @@ def table(contents: list[dict[str, Any]]) -> str:
         "# Shards: accuracy, removal, time",
         "",
         "`python recipes/shards.py measure NAME`, then `plot`. Default options; means over repeats. All "
-        "shards together "
-        "claim the epsilon of one, because they share no record.",
+        "shards together claim the epsilon of one, because they share no record.",
     ]
     for content in contents:
         lines += _tables_of(content)
@@ -243,9 +242,8 @@ def _tables_of(content: dict[str, Any]) -> list[str]:
     if times and again:
         lines.append(
             f"Removing one of {max(SHARDS)} shards takes {statistics.median(times):.2f} s (largest "
-            f"{max(times):.2f}); "
-            f"training all data again takes {statistics.median(again):.1f} s on features that are read "
-            "already."
+            f"{max(times):.2f}); training all data again takes {statistics.median(again):.1f} s on features "
+            "that are read already."
         )
     return lines
 

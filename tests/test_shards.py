@@ -63,7 +63,8 @@ def test_disjoint_shards_cost_as_much_as_the_most_expensive(collection, tmp_path
     assert set(record_of(run).parts) == {record_of(r) for r in runs}
     assert run.statement.composition["disjointness"] == "checked"
     vouched = {a["assumption"]: a["vouched_by"] for a in run.statement.claim["assumptions"]}
-    assert vouched["no record is in two of the composed parts"] == "enforced by the code"
+    assert vouched["no record is in two shards of one partition"] == "enforced by the code"
+    assert vouched["the shard of a record does not depend on other records"] == "enforced by the code"
     assert run.statement.claim["data_accesses"]["sizes_of_shards"] == "public"
 
 
@@ -90,6 +91,8 @@ def test_shards_of_two_partitions_share_records_and_compose_in_sequence(collecti
     assert isinstance(record_of(run), SequenceComposition)
     single = dptaft.load_run(other.runs()[0]).statement
     mu = single.accounting["mu"]["mu"]
+    words = [a["assumption"] for a in run.statement.claim["assumptions"]]
+    assert "no record is in two of the composed parts" not in words
     assert run.statement.accounting["mu"]["mu"] == pytest.approx(math.sqrt(2) * mu, rel=1e-6)
     with pytest.raises(ComposeError, match="both trained on data called 'small'"):
         compose([*collection.runs()[:2], *other.runs()[2:]], tmp_path / "x", disjoint=True)
@@ -190,6 +193,8 @@ def test_shards_of_a_column(tmp_path):
     assert all(sites[i] == "north" for i in numbers)
     run = compose(shards.runs(), tmp_path / "run")
     assert run.statement.claim["data_accesses"]["sizes_of_shards"] == "public, declared by the user"
+    vouched = {a["assumption"]: a["vouched_by"] for a in run.statement.claim["assumptions"]}
+    assert vouched["the shard of a record does not depend on other records"] == "declared by the user"
     named = train_shards(data, list(sites), output=tmp_path / "n", **FAST)
     assert [s.records for s in named.shards] == [20, 20, 20]
 

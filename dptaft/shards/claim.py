@@ -121,8 +121,7 @@ def _check_same_units(parts: Sequence[Part]) -> None:
             if one != two:
                 raise ComposeError(
                     f"{first.label} and {part.label} claim privacy for different {name}: {one!r} against "
-                    f"{two!r}; "
-                    "only claims about the same change of the data compose"
+                    f"{two!r}; only claims about the same change of the data compose"
                 )
 
 
@@ -136,8 +135,7 @@ def _check_declaration(parts: Sequence[Part]) -> None:
         if before != origin:
             raise ComposeError(
                 f"{other.label} and {part.label} were both trained on data called {name!r}, so they cannot "
-                "be "
-                "declared disjoint; leave --disjoint out, or train them as shards of one partition"
+                "be declared disjoint; leave --disjoint out, or train them as shards of one partition"
             )
 
 
@@ -175,7 +173,7 @@ def composed_statement(
             "public": _union([*(claim.get("public", []) for claim in claims), _public(parts)]),
             "data_accesses": _accesses(parts, claims, how, utility),
             "assumptions": _union(
-                [*(claim.get("assumptions", []) for claim in claims), _assumptions(vouched)]
+                [*(claim.get("assumptions", []) for claim in claims), _assumptions(parts, vouched)]
             ),
         },
         details={"composed_of": len(parts), "how": how},
@@ -216,28 +214,29 @@ def _accesses(
     if utility:
         found["evaluation"] = "not covered"
     if any(part.partition for part in parts):
-        random = all(
-            part.run.config.get("shard", {}).get("assignment", "").startswith(RANDOM) for part in parts
-        )
-        found["sizes_of_shards"] = "public" if random else "public, declared by the user"
+        found["sizes_of_shards"] = "public" if _is_random(parts) else "public, declared by the user"
     return found | {"composition_weights": "not covered" if how == "weighted" else "public"}
 
 
-def _assumptions(vouched: str) -> list[dict[str, str]]:
-    if vouched == SEQUENCE:
-        return []
-    by, where = {
-        CHECKED: ("enforced by the code", "dptaft/shards/training.py"),
-        DECLARED: ("declared by the user", "--disjoint"),
-    }[vouched]
-    return [
-        {"assumption": "no record is in two of the composed parts", "vouched_by": by, "where": where},
-        {
-            "assumption": "the part that holds a record does not depend on other records",
-            "vouched_by": by,
-            "where": where,
-        },
-    ]
+def _is_random(parts: Sequence[Part]) -> bool:
+    """Whether the shards of all parts were drawn at random, not named by the user."""
+    sections = [part.run.config["shard"] for part in parts if part.partition]
+    return all(str(section["assignment"]).startswith(RANDOM) for section in sections)
+
+
+def _assumptions(parts: Sequence[Part], vouched: str) -> list[dict[str, str]]:
+    where, found = "dptaft/shards/training.py", []
+    if len({part.shard for part in parts if part.partition}) > 1:
+        by, rule = (
+            ("enforced by the code", where) if _is_random(parts) else ("declared by the user", "--shards")
+        )
+        found = [
+            ("no record is in two shards of one partition", "enforced by the code", where),
+            ("the shard of a record does not depend on other records", by, rule),
+        ]
+    if vouched == DECLARED:
+        found.append(("no record is in two of the composed parts", "declared by the user", "--disjoint"))
+    return [{"assumption": text, "vouched_by": by, "where": place} for text, by, place in found]
 
 
 def _composition(

@@ -87,8 +87,7 @@ def _load_part(run: Run, entry: Mapping[str, Any]) -> Part:
     except RunError as error:
         raise ComposeError(
             f"part {entry['run']} of {run.path} is not at {path} ({error}); put it back: a composition is "
-            "made anew "
-            "from its parts"
+            "made anew from its parts"
         ) from None
     if part.id != entry["id"]:
         raise ComposeError(f"{path} is not the run that {run.path} was composed of; restore {entry['id']}")
@@ -141,8 +140,7 @@ def _check_plain_averages(runs: Sequence[Run]) -> None:
         if is_composed(run) and run.config["composition"]["how"] != "average" and len(runs) > 1:
             raise ComposeError(
                 f"{run.path} is no average (it was composed by {run.config['composition']['how']}), so an "
-                "average "
-                "over its parts would not contain it; give --weights, one per run"
+                "average over its parts would not contain it; give --weights, one per run"
             )
 
 
@@ -160,8 +158,7 @@ def check_compatible(runs: Sequence[Run]) -> None:
         if run.config["model"].get("method") != "tangent":
             raise ComposeError(
                 f"{run.path} was trained with method {run.config['model'].get('method')}: its outputs are "
-                "not linear "
-                "in its weights, so a sum of weights is no ensemble; compose tangent models"
+                "not linear in its weights, so a sum of weights is no ensemble; compose tangent models"
             )
         for name, one, two in _settings(first, run):
             if one != two:
@@ -173,14 +170,13 @@ def check_compatible(runs: Sequence[Run]) -> None:
         if few != many and run.config["model"].get("unit_jacobian"):
             raise ComposeError(
                 f"{first.path} and {run.path} have {len(few)} and {len(many)} classes, and their Jacobians "
-                "are divided "
-                "by norms over all classes, which new classes change; train them with one list of classes"
+                "are divided by norms over all classes, which new classes change; train them with one list "
+                "of classes"
             )
         if many[: len(few)] != few:
             raise ComposeError(
                 f"the classes {', '.join(few)} of one run do not begin the classes {', '.join(many)} of "
-                "another; "
-                "declare one list of classes, and add new ones at its end"
+                "another; declare one list of classes, and add new ones at its end"
             )
 
 

@@ -100,9 +100,8 @@ class Records:
             number, other = twice[0]
             raise ShardError(
                 f"{len(twice)} of the images of shard {name} are also in other shards (image {number} is in "
-                "shard "
-                f"{other}): a record in two shards is protected by neither's claim alone; leave them out of "
-                "one"
+                f"shard {other}): a record in two shards is protected by neither's claim alone; leave them "
+                "out of one"
             )
 
     def save(self, folder: Path) -> None:
@@ -161,8 +160,7 @@ def locate(records: Sequence[Record], digests: Sequence[str]) -> list[int]:
     if missing:
         raise ShardError(
             f"{missing} of the {len(records)} images of the shard are not in the data any more; give the "
-            "data that it "
-            "was trained on"
+            "data that it was trained on"
         )
     found: set[int] = set()
     for record in records:

@@ -192,8 +192,7 @@ def _removal(whole: Run, entry: Entry) -> dict[str, Any]:
     count = len(item["releases"])
     text = (
         f"run {entry['run']}{of_shard} is not part of these weights; what was released before and computed "
-        "from it "
-        f"(the run itself, {count} composition{'s' * (count != 1)}) still reveals its records"
+        f"from it (the run itself, {count} composition{'s' * (count != 1)}) still reveals its records"
     )
     if statement is None:
         return item | {"reveals": f"{text}, without a bound: it claims no privacy, or is not there any more"}

@@ -79,8 +79,7 @@ def make_request(
     if privacy.adjacency != "zero-out":
         raise PlanError(
             f"shards need the adjacency zero-out, not {privacy.adjacency}: their sizes are public, and a "
-            "record stays "
-            "in its shard"
+            "record stays in its shard"
         )
     if privacy.insecure_seed is not None:
         raise PlanError("seeded noise would be the same in every shard; leave --insecure-seed out")

@@ -157,14 +157,12 @@ def _grown(collection: Collection, records: Records, source: Source, name: str) 
     if many[: len(few)] != few:
         raise ShardError(
             f"the classes {', '.join(data.classes)} do not continue {', '.join(collection.classes)}; "
-            "declare the old "
-            "classes first, then the new ones"
+            "declare the old classes first, then the new ones"
         )
     if few != many and collection.request["model"].get("unit_jacobian"):
         raise ShardError(
             "the shards divide every Jacobian by its norm over all classes, which new classes change; train "
-            "all shards "
-            "again with the longer list of classes"
+            "all shards again with the longer list of classes"
         )
     digests = records.digests(data.train)
     records.check_apart(name, digests)
