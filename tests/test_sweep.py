@@ -165,3 +165,24 @@ def test_command_prints_table_plan_and_json(tmp_path):
     wrong = run.invoke(main, ["sweep", str(path), "--set", "budget.treatment=free"])
     assert wrong.exit_code == 2
     assert "needs a treatment" in wrong.output
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_paper_runs_on_a_stand_in(tmp_path):
+    """All seven data sets, every method: small images and the starter in place of ViT-L/16."""
+    from builders import write_folder
+
+    for part, count in (("train", 8), ("test", 4)):
+        write_folder(tmp_path / "images" / part, count=count)
+    changes = [f"data.{i}.source={tmp_path / 'images'}" for i in range(7)]
+    changes += ["options.model=starter", f"options.feature_cache={tmp_path / 'features'}", "options.steps=1"]
+    changes += ["budget.epsilons=[8.0]", "budget.reference=false", "methods.1.scope=last:2"]
+    given = [text for change in changes for text in ("--set", change)]
+    out = CliRunner().invoke(
+        main, ["sweep", "paper_privacy", *given, "--output", str(tmp_path / "out"), "--json"]
+    )
+    assert out.exit_code == 0, out.output
+    content = json.loads(out.stdout)
+    assert len(content["rows"]) == 28
+    assert all(row["mean"] is not None for row in content["rows"])
+    assert not content["failed"]
