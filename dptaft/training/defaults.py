@@ -25,6 +25,8 @@ PUBLIC_IMAGES = 32
 TIME_BUDGET_S = 600.0
 OPERATIONS_PER_WEIGHT = 6
 OPERATIONS_PER_SECOND = 2e10
+BLOCK_RATIO = 0.5
+"""Norm of the blocks' Jacobian over the head's, where Jacobians are bounded."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,12 @@ def jacobian_scale(learner: Learner) -> float:
 
 @torch.no_grad()
 def balance_head(backbone: Backbone, model: ModelConfig) -> None:
-    """Scale a random head so that head and blocks have Jacobians of the same norm, on synthetic images.
+    """Scale a random head so that the Jacobian of the blocks has half the norm of the head's own.
 
     The Jacobian of the blocks is proportional to the head's weights, that of the head itself does not depend
-    on them, so one factor decides how the unit norm of a bounded Jacobian is shared. The root mean squares of
-    the two operator norms are made equal; the factor is rounded to four digits, so that every machine finds
-    the same one.
+    on them, so one factor decides how the unit norm of a bounded Jacobian is shared. The ratio of the root
+    mean squares of the two operator norms on synthetic images becomes `BLOCK_RATIO`; the factor is rounded to
+    four digits, so that every machine finds the same one.
 
     Args:
         backbone: with its random head, which is scaled in place.
@@ -127,7 +129,7 @@ def balance_head(backbone: Backbone, model: ModelConfig) -> None:
         squares.append(grams)
     head, both = squares
     share = [torch.linalg.eigvalsh(part)[:, -1].mean() for part in (head, both - head)]
-    factor = math.sqrt(float(share[0] / share[1]))
+    factor = BLOCK_RATIO * math.sqrt(float(share[0] / share[1]))
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(
             f"the Jacobian of {backbone.name} cannot be balanced (factor {factor}); use scope head"
