@@ -11,7 +11,7 @@ from dptaft.runs import Run
 from dptaft_accounting import PrivacyStatement, best_bound, mechanism_from_dict
 from dptaft_accounting import _checks as check
 from dptaft_accounting.convexity import ConvexityCertificate
-from dptaft_accounting.gaussian_view import gaussian_view
+from dptaft_accounting.dominating_gaussian import gaussian_view
 from dptaft_accounting.mechanisms import Mechanism, SequenceComposition
 from dptaft_accounting.tradeoff import GaussianProfile
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
         calibrate_steps,
     )
     from dptaft_accounting.convexity import ConvexityCertificate
+    from dptaft_accounting.dominating_gaussian import GaussianView, gaussian_view
     from dptaft_accounting.errors import AccountingError
-    from dptaft_accounting.gaussian_view import GaussianView, gaussian_view
     from dptaft_accounting.ledger import Budget, BudgetExceededError, Cost, Ledger, LedgerError
     from dptaft_accounting.mechanisms import (
         CyclicGaussian,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         SoftmaxObjectivePerturbation,
         mechanism_from_dict,
     )
+    from dptaft_accounting.policy import Policy, Violation
     from dptaft_accounting.statement import PrivacyStatement
     from dptaft_accounting.tradeoff import GaussianProfile, epsilon_to_mu, mu_to_delta, mu_to_epsilon
 
@@ -41,7 +42,7 @@ _HOMES = {
     "calibration": ("Target", "calibrate_noise_multiplier", "calibrate_sampling_rate", "calibrate_steps"),
     "convexity": ("ConvexityCertificate",),
     "errors": ("AccountingError",),
-    "gaussian_view": ("GaussianView", "gaussian_view"),
+    "dominating_gaussian": ("GaussianView", "gaussian_view"),
     "ledger": ("Budget", "BudgetExceededError", "Cost", "Ledger", "LedgerError"),
     "mechanisms": (
         "CertifiedLastIterate",
@@ -57,6 +58,7 @@ _HOMES = {
         "SoftmaxObjectivePerturbation",
         "mechanism_from_dict",
     ),
+    "policy": ("Policy", "Violation"),
     "statement": ("PrivacyStatement",),
     "tradeoff": ("GaussianProfile", "epsilon_to_mu", "mu_to_delta", "mu_to_epsilon"),
 }
@@ -93,11 +95,13 @@ __all__ = [
     "OutputPerturbation",
     "ParallelComposition",
     "PoissonGaussian",
+    "Policy",
     "PrivacyStatement",
     "RepeatAndSelect",
     "SequenceComposition",
     "SoftmaxObjectivePerturbation",
     "Target",
+    "Violation",
     "best_bound",
     "calibrate_noise_multiplier",
     "calibrate_sampling_rate",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from dptaft_accounting import _checks as check
 from dptaft_accounting.bounds import best_bound
+from dptaft_accounting.dominating_gaussian import gaussian_view
 from dptaft_accounting.errors import CalibrationError
-from dptaft_accounting.gaussian_view import gaussian_view
 from dptaft_accounting.mechanisms import Mechanism
 from dptaft_accounting.tradeoff import Profile, advantage, tpr_at_fpr
 

@@ -150,7 +150,7 @@ class Cost:
         0.500000001
         """
         from dptaft_accounting.bounds import best_bound
-        from dptaft_accounting.gaussian_view import gaussian_view
+        from dptaft_accounting.dominating_gaussian import gaussian_view
 
         report = best_bound(mechanism, certificate, delta=delta, records_per_unit=records_per_unit)
         if math.isinf(report.epsilon):

@@ -23,8 +23,8 @@ from dptaft_accounting.accountants.crosscheck import cross_checks
 from dptaft_accounting.bounds import BoundReport, best_bound
 from dptaft_accounting.canonical import canonical, content_id, dumps, parse
 from dptaft_accounting.convexity import ConvexityCertificate
+from dptaft_accounting.dominating_gaussian import gaussian_view
 from dptaft_accounting.errors import StatementError
-from dptaft_accounting.gaussian_view import gaussian_view
 from dptaft_accounting.mechanisms import Mechanism, PoissonGaussian, mechanism_from_dict
 from dptaft_accounting.schema import validate
 from dptaft_accounting.tradeoff import Profile, advantage, bayes_error, tpr_at_fpr

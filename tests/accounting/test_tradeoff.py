@@ -6,8 +6,8 @@ import mpmath as mp
 import numpy as np
 import pytest
 
+from dptaft_accounting.dominating_gaussian import gaussian_view
 from dptaft_accounting.errors import AccountingError
-from dptaft_accounting.gaussian_view import gaussian_view
 from dptaft_accounting.profiles import GroupProfile, MaxProfile, MeanProfile, ResidualProfile
 from dptaft_accounting.tradeoff import (
     GaussianProfile,
