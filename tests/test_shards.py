@@ -243,6 +243,9 @@ def test_a_shard_is_added_later(collection, tmp_path):
     assert run.statement.composition["disjointness"] == "checked"
     assert run.statement.claim["epsilon"] <= 3
     assert [p["factor"] for p in run.config["composition"]["parts"]] == [1 / 3] * 3
+    vouched = {a["assumption"]: a["vouched_by"] for a in run.statement.claim["assumptions"]}
+    assert vouched["the shard of a record does not depend on other records"] == "declared by the user"
+    assert grown.assignment == "random and secret, added later"
     overlap = dataclasses.replace(more, train=data_of().train.take(range(5, 9)))
     with pytest.raises(ShardError, match="4 of the images of shard 4 are also in other shards"):
         add_shard(parent, overlap, ledger=None)

@@ -33,6 +33,7 @@ class Shard:
         name: its name.
         folder: name of its run's folder below the parent.
         records: public number of its records.
+        assignment: the rule that put records into it, in words.
         source: arguments of `dptaft.load_data` for the data that it is a part of; only ``name`` where that
             was given as images.
     """
@@ -40,6 +41,7 @@ class Shard:
     name: str
     folder: str
     records: int
+    assignment: str
     source: Mapping[str, Any]
 
 
@@ -50,7 +52,6 @@ class Collection:
     Attributes:
         path: the parent folder.
         partition: public id.
-        assignment: the rule, in words.
         shards: all that are part of it now.
         request: what every shard was asked for (tables privacy, model, optimizer).
         classes: names.
@@ -58,10 +59,14 @@ class Collection:
 
     path: Path
     partition: str
-    assignment: str
     shards: tuple[Shard, ...]
     request: Mapping[str, Any]
     classes: tuple[str, ...]
+
+    @property
+    def assignment(self) -> str:
+        """The rules that put records into shards."""
+        return ", ".join(dict.fromkeys(shard.assignment for shard in self.shards))
 
     def shard(self, name: str) -> Shard:
         """The shard of that name.
@@ -93,7 +98,6 @@ class Collection:
             "shards": {
                 "format": FORMAT,
                 "partition": self.partition,
-                "assignment": self.assignment,
                 "classes": list(self.classes),
                 "shard": [vars(shard) for shard in self.shards],
             },
@@ -122,9 +126,7 @@ def load_collection(path: str | os.PathLike[str]) -> Collection:
         if own["format"] != FORMAT:
             raise ShardError(f"{folder / INDEX} has format {own['format']}; this version reads {FORMAT}")
         shards = tuple(Shard(**item) for item in own["shard"])
-        return Collection(
-            folder, own["partition"], own["assignment"], shards, content["request"], tuple(own["classes"])
-        )
+        return Collection(folder, own["partition"], shards, content["request"], tuple(own["classes"]))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise ShardError(
             f"{folder} is no folder of shards that can be read ({error}); `dptaft train --shards` writes one"

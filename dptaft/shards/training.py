@@ -168,7 +168,7 @@ def _grown(collection: Collection, records: Records, source: Source, name: str) 
     records.check_apart(name, digests)
     records.shards[name] = [Record(i, digest) for i, digest in enumerate(digests)]
     records.contents[name] = content_digest(data.train)
-    shard = Shard(name, folder_name(name), len(digests), source.arguments)
+    shard = Shard(name, folder_name(name), len(digests), "added later", source.arguments)
     grown = dataclasses.replace(collection, shards=(*collection.shards, shard), classes=many)
     records.save(parent)
     grown.save()
@@ -188,12 +188,10 @@ def _begin(
         records.shards[name] = [Record(i, digests[i]) for i in numbers]
         records.contents[name] = content
     shards = tuple(
-        Shard(name, folder_name(name), len(records.shards[name]), source.arguments)
+        Shard(name, folder_name(name), len(records.shards[name]), assignment.rule, source.arguments)
         for name in assignment.shards
     )
-    collection = Collection(
-        parent, secrets.token_hex(8), assignment.rule, shards, described(request), data.classes
-    )
+    collection = Collection(parent, secrets.token_hex(8), shards, described(request), data.classes)
     parent.mkdir(parents=True)
     records.save(parent)
     collection.save()
@@ -328,7 +326,7 @@ class ShardTrainer:
         return {
             "partition": self.collection.partition,
             "name": shard.name,
-            "assignment": self.collection.assignment,
+            "assignment": shard.assignment,
             "records": records,
         }
 
