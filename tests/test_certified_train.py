@@ -12,10 +12,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import dptaft
+from dptaft.backbones import load_backbone
 from dptaft.cli import main
+from dptaft.learner import Learner
 from dptaft.predictor import load_predictor
 from dptaft.tangent.bounded import SCALE, BoundedOperator
 from dptaft.training.certified import design
+from dptaft.training.defaults import synthetic_images
 from dptaft.training.losses import CrossEntropy
 from dptaft.training.plan import (
     ModelConfig,
@@ -265,3 +268,19 @@ def test_the_plan_reads_no_image():
         data="small",
     )
     assert prepare(blind, request).design == planned().design
+
+
+def test_blocks_get_half_the_norm_of_the_head():
+    prepared = planned(model={"scope": "last:1"})
+    base = load_backbone("starter", num_classes=3)
+    ratio = prepared.head["weight"] / base.model.get_classifier().weight.detach()
+    assert float(ratio.std()) < 1e-6  # one public factor
+    grams = []
+    for scope in ("head", "last:1"):
+        learner = Learner(
+            prepared.learner.backbone, ModelConfig(scope=scope), PerformanceConfig(device="cpu")
+        )
+        images = synthetic_images(32, learner.backbone.preprocessing)
+        grams.append(learner.operator.gram(learner.operator.extract(learner.tangent.boundary(images))))
+    head, both = (torch.linalg.eigvalsh(part)[:, -1].mean() for part in (grams[0], grams[1] - grams[0]))
+    assert float((both / head).sqrt()) == pytest.approx(0.5, rel=1e-3)
