@@ -14,6 +14,8 @@ from dptaft.sweep.results import Row
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _COLUMNS = 3
+_DODGE = 1.02
+"""Factor between the places of two methods at the same epsilon, so that their error bars stand side by side."""
 
 
 def draw(rows: Sequence[Row], title: str) -> str | None:
@@ -68,6 +70,8 @@ def _panel(axis: Any, rows: Sequence[Row], labels: Sequence[str]) -> None:
         if points:
             epsilon, mean, spread = (list(values) for values in zip(*points, strict=True))
             ticks |= set(epsilon)
+            shift = _DODGE ** (number - (len(labels) - 1) / 2)
+            epsilon = [value * shift for value in epsilon]
             marker = _MARKERS[number % len(_MARKERS)]
             axis.errorbar(
                 epsilon, mean, yerr=spread, color=colour, marker=marker, ms=5, lw=1.6, capsize=3, label=label
