@@ -93,7 +93,8 @@ def test_sums_are_those_of_float64():
     exact = [math.fsum(float(part.trained["a"][i]) / 50 for part in parts) for i in range(999)]
     total = weighted_sum((1 / 50, part) for part in parts).trained["a"]
     assert total.dtype == np.float32
-    assert np.array_equal(total, np.array(exact).astype(np.float32))
+    unit = np.spacing(np.abs(np.array(exact)).astype(np.float32)).astype(float)
+    assert (np.abs(total - np.array(exact)) <= 0.5001 * unit).all()  # rounded once
 
 
 def test_old_logits_do_not_change_when_classes_are_added():

@@ -207,7 +207,7 @@ def test_adjacencies_do_not_mix_and_replace_one_never_composes_in_parallel(parts
     ],
 )
 def test_runs_of_another_base_are_refused(parts, tmp_path, options, reason):
-    other = train_part(tmp_path, 1, **options)
+    other = train_part(tmp_path, 1, **{"epsilon": math.inf} | options)
     with pytest.raises(ComposeError, match=reason):
         compose([parts[0], other], tmp_path / "run")
 
