@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder of the sweep; the same folder continues it.  [default: sweeps/<recipe>]",
+    help="Folder of the sweep; the same folder continues it.  [default: runs/sweep-<recipe>]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def sweep(
@@ -42,7 +42,7 @@ def sweep(
         found = _dry(loaded)
         click.echo(json.dumps(found, indent=2) if as_json else _plan_table(found))
         return
-    content = _run(loaded, output or Path("sweeps") / loaded.name, jobs)
+    content = _run(loaded, output or Path("runs") / f"sweep-{loaded.name}", jobs)
     click.echo(json.dumps(content, indent=2) if as_json else _table(content))
     if content["failed"]:
         raise SystemExit(1)

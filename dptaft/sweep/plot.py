@@ -15,7 +15,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _COLUMNS = 3
 _DODGE = 1.02
-"""Factor between the places of two methods at the same epsilon, so that their error bars stand side by side."""
+"""Factor between the places of two methods at one epsilon: their error bars stand side by side."""
 
 
 def draw(rows: Sequence[Row], title: str) -> str | None:

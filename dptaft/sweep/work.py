@@ -118,6 +118,8 @@ class Worker:
         for start in range(0, len(together), _chunk(batched)):
             part = together[start : start + _chunk(batched)]
             outcomes |= self._together(part, batched, payment, progress)
+        if together:
+            self.images(together[0]).warn_unreadable()
         for point in task.points:
             if point.id not in outcomes:
                 outcomes[point.id] = self._alone(point, payment, len(task.points) > 1, progress)
