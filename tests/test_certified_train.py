@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import tomllib
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ from dptaft.training.plan import (
     Sampling,
 )
 from dptaft.training.preparation import prepare
+from dptaft.training.steps import TrainingInterruptedError
 from dptaft_accounting import best_bound
 from dptaft_accounting.accountants.last_iterate import batch_overflow
 from dptaft_accounting.convexity import ConvexityCertificate
@@ -284,3 +286,23 @@ def test_blocks_get_half_the_norm_of_the_head():
         grams.append(learner.operator.gram(learner.operator.extract(learner.tangent.boundary(images))))
     head, both = (torch.linalg.eigvalsh(part)[:, -1].mean() for part in (grams[0], grams[1] - grams[0]))
     assert float((both / head).sqrt()) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_stopped_run_continues_with_the_weights_it_had(tmp_path):
+    def stop(stage, step, total):
+        if stage == "training" and step == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    options = {"scope": "head", "steps": 20}
+    with pytest.raises(TrainingInterruptedError):
+        train(tmp_path / "run", progress=stop, **options)
+    seen = []
+    run = train(
+        tmp_path / "run",
+        resume=True,
+        progress=lambda stage, step, total: seen.append(step) if stage == "training" else None,
+        **options,
+    )
+    assert seen == list(range(8, 21))
+    assert run.statement.accounting["certificate"]["steps"] == 20
+    assert run.statement.recompute().holds
