@@ -212,6 +212,7 @@ def test_shards_of_a_column(tmp_path):
         ({"adjacency": "replace-one"}, "need the adjacency zero-out"),
         ({"adjacency": "add-remove", "public_size": 60}, "need the adjacency zero-out"),
         ({"insecure_seed": 1}, "same in every shard"),
+        ({"method": "output-perturbation"}, "trained by gradient steps"),
         ({"scop": "head"}, "no option 'scop'"),
     ],
 )

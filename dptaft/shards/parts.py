@@ -12,8 +12,8 @@ from typing import Any
 from dptaft.algebra import AlgebraError, TangentWeights, coefficients, read_weights
 from dptaft.runs import WEIGHTS, Run, RunError, load_run
 
-_NOT_IN_THE_JACOBIAN = ("loss", "head", "weights")
-"""Settings that may differ: the loss trains only; head and backbone are compared by content."""
+_NOT_IN_THE_JACOBIAN = ("loss", "method", "head", "weights")
+"""Settings that may differ: loss and method train only; head and backbone are compared by content."""
 
 
 class ComposeError(ValueError):
@@ -155,9 +155,9 @@ def check_compatible(runs: Sequence[Run]) -> None:
     """
     first = runs[0]
     for run in runs:
-        if run.config["model"].get("method") != "tangent":
+        if run.config["model"].get("method") == "non-linear":
             raise ComposeError(
-                f"{run.path} was trained with method {run.config['model'].get('method')}: its outputs are "
+                f"{run.path} was trained with method non-linear: its outputs are "
                 "not linear in its weights, so a sum of weights is no ensemble; compose tangent models"
             )
         for name, one, two in _settings(first, run):

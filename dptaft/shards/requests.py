@@ -11,6 +11,7 @@ from dptaft.data import ImageData, load_data
 from dptaft.shards.collection import Collection, Shard, ShardError
 from dptaft.training.optimizers import Schedule
 from dptaft.training.plan import (
+    ONE_SHOT,
     ModelConfig,
     PerformanceConfig,
     PlanError,
@@ -83,9 +84,10 @@ def make_request(
         )
     if privacy.insecure_seed is not None:
         raise PlanError("seeded noise would be the same in every shard; leave --insecure-seed out")
-    return Request(
-        privacy, ModelConfig(**parts[1]), dict(optimizer or {}), PerformanceConfig(**parts[2]), name
-    )
+    model = ModelConfig(**parts[1])
+    if model.method in ONE_SHOT:
+        raise PlanError(f"shards are trained by gradient steps, which {model.method} does not; use tangent")
+    return Request(privacy, model, dict(optimizer or {}), PerformanceConfig(**parts[2]), name)
 
 
 def with_delta(request: Request, records: int) -> Request:
