@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from decimal import Decimal
@@ -145,6 +146,7 @@ class LedgerAccount:
         self._resume, self._progress = resume, progress
         self._ledger: Ledger | None = None
         self._entry: Entry | None = None
+        self._bookmark = ""
         self._done = False
 
     def reserve(self, plan: Spending) -> None:
@@ -164,7 +166,12 @@ class LedgerAccount:
         cost = Cost.of(mechanism, plan.certificate, delta=plan.delta)
         if pointer is not None:
             _require_same_ledger(pointer, ledger)
-            self._entry = ledger.resume(pointer["entry"], self._content, cost, mechanism)
+            if ledger.entry(pointer["entry"]).part != self._part:
+                raise LedgerError(f"{partial} belongs to another part of the data; start a new run")
+            self._entry = ledger.resume(
+                pointer["entry"], self._content, cost, mechanism, bookmarks=pointer["bookmarks"].split()
+            )
+            self._bookmark = self._entry.bookmark
             return
         name = ledger.register(self._content, self._data.name)
         release_abandoned(ledger, name)
@@ -198,8 +205,7 @@ class LedgerAccount:
                 entry = self._extend(cost, mechanism)
             else:
                 cost = entry.reserved
-        _write_pointer(partial_folder(self._output), ledger, entry)
-        ledger.authorise(entry.id, entry.token, cost)
+        ledger.authorise(entry.id, entry.token, cost, bookmark=self._next_bookmark())
 
     def commit(self, spent: Spending) -> Mapping[str, Any]:
         """Charge what was executed for good; returns the fields of the statement's composition group.
@@ -212,7 +218,9 @@ class LedgerAccount:
         cost = Cost.of(mechanism, spent.certificate, delta=spent.delta)
         if not cost.within(entry.reserved):
             entry = self._extend(cost, mechanism)
-        self._entry = ledger.commit(entry.id, entry.token, cost, mechanism, spent.certificate)
+        self._entry = ledger.commit(
+            entry.id, entry.token, cost, mechanism, spent.certificate, bookmark=self._next_bookmark()
+        )
         self._done = True
         return composition_fields(ledger, self._entry, spent.delta)
 
@@ -224,6 +232,14 @@ class LedgerAccount:
         # a ledger that fails now keeps the whole reservation, which `dptaft ledger close` ends
         with contextlib.suppress(LedgerError):
             self._ledger.close(self._entry.id, self._entry.token)
+
+    def _next_bookmark(self) -> str:
+        """A new one, in the folder before the ledger has it: the folder always holds that of the ledger."""
+        ledger, entry = self._held()
+        before, self._bookmark = self._bookmark, secrets.token_hex(8)
+        marks = f"{before} {self._bookmark}".strip()
+        _write_pointer(partial_folder(self._output), ledger, entry, marks)
+        return self._bookmark
 
     def _held(self) -> tuple[Ledger, Entry]:
         if self._ledger is None or self._entry is None:
@@ -346,15 +362,16 @@ def release_abandoned(ledger: Ledger, dataset: str) -> None:
                 ledger.close(entry.id)
 
 
-def _write_pointer(partial: Path, ledger: Ledger, entry: Entry) -> None:
-    """Remember durably which entry an interrupted run must continue, before its first step is authorised."""
-    content = {"ledger": ledger.id, "path": str(ledger.path.absolute()), "entry": entry.id}
-    text = json.dumps(content).encode()
-    path = partial / _POINTER
-    if path.exists() and path.read_bytes() == text:
-        return
+def _write_pointer(partial: Path, ledger: Ledger, entry: Entry, bookmarks: str) -> None:
+    """Remember durably which entry an interrupted run must continue, before its next steps are authorised."""
+    content = {
+        "ledger": ledger.id,
+        "path": str(ledger.path.absolute()),
+        "entry": entry.id,
+        "bookmarks": bookmarks,
+    }
     partial.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(path, text)
+    write_atomically(partial / _POINTER, json.dumps(content).encode())
 
 
 def _read_pointer(partial: Path) -> dict[str, str] | None:
@@ -363,7 +380,7 @@ def _read_pointer(partial: Path) -> dict[str, str] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        return {name: str(content[name]) for name in ("ledger", "path", "entry")}
+        return {name: str(content[name]) for name in ("ledger", "path", "entry", "bookmarks")}
     except (ValueError, KeyError, TypeError):
         raise LedgerError(
             f"{path} is damaged, so the run's ledger entry is unknown; start a new run"

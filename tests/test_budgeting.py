@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shutil
 import signal
@@ -183,6 +184,62 @@ def test_resume_with_an_older_ledger_is_refused(tmp_path):
     shutil.copy(tmp_path / "old", tmp_path / "ledger.sqlite")
     with pytest.raises(LedgerError, match="an older copy of the ledger was restored"):
         account(tmp_path, resume=True).reserve(steps(50))
+
+
+@pytest.mark.parametrize("copied_at", [1, 2])
+def test_a_copy_of_the_folder_cannot_spend_the_same_entry_again(tmp_path, copied_at):
+    """Two continuations from one state would execute different steps and be charged as one run."""
+    run = account(tmp_path)
+    run.reserve(steps(50))
+    run.authorise(steps(10))
+    if copied_at == 1:
+        shutil.copytree(partial_folder(tmp_path / "run"), partial_folder(tmp_path / "copy"))
+    run.authorise(steps(25))
+    if copied_at == 2:
+        shutil.copytree(partial_folder(tmp_path / "run"), partial_folder(tmp_path / "copy"))
+        run.commit(steps(25))
+    run.close()
+    copy = account(tmp_path, run="copy", resume=True)
+    with pytest.raises(
+        LedgerError, match=r"went on elsewhere: this folder is an older copy .* start a new run"
+    ):
+        copy.reserve(steps(50))
+    copy.close()
+    again = account(tmp_path, resume=True)
+    again.reserve(steps(50))
+    again.commit(steps(50))
+
+
+@pytest.mark.parametrize("method", ["authorise", "commit"])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_run_continues_whether_or_not_its_last_charge_was_written(tmp_path, monkeypatch, method, written):
+    run = account(tmp_path)
+    run.reserve(steps(50))
+    run.authorise(steps(10))
+    real = getattr(Ledger, method)
+
+    def killed(self, *args, **options):
+        if written:
+            real(self, *args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, method, killed)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(run, method)(steps(20))
+    monkeypatch.undo()
+    again = account(tmp_path, resume=True)
+    again.reserve(steps(50))
+    again.authorise(steps(50))
+    assert again.commit(steps(50))["runs_before"] == 0
+
+
+def test_the_folder_of_another_part_is_refused(tmp_path):
+    run = account(tmp_path, part=("p", "1"))
+    run.reserve(steps(50))
+    run.authorise(steps(10))
+    run.close()
+    with pytest.raises(LedgerError, match="belongs to another part of the data"):
+        account(tmp_path, part=("p", "2"), resume=True).reserve(steps(50))
 
 
 def test_resume_refuses_while_the_run_still_trains(tmp_path):
@@ -401,7 +458,11 @@ def kill_trainings(tmp_path, count, seed):
     """Train once to the end, then kill trainings at random moments, each of which continues the one before."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(seed)],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -430,7 +491,7 @@ def test_killed_trainings_stay_charged(tmp_path):
 def test_two_hundred_killed_trainings(tmp_path):
     """SIGKILL at random moments: the ledger opens, and covers the checkpoint; every run can be continued."""
     codes = kill_trainings(tmp_path, 200, seed=6)
-    print({code: codes.count(code) for code in set(codes)})
+    logging.getLogger(__name__).info("exit codes: %s", {code: codes.count(code) for code in set(codes)})
     assert codes.count(-signal.SIGKILL) >= 100
     finished = [entry for entry in standing(tmp_path).entries if entry.state == "committed"]
     assert len(finished) >= codes.count(0)

@@ -10,7 +10,8 @@ Formal guarantees:
        that exclude each other.
     2. `authorise` returns only when the amount is durable; a run that calls it before the steps it covers is
        never charged less than it spent.
-    3. An entry that was closed or taken over grants nothing more to the process that held it before.
+    3. An entry that was closed or taken over grants nothing more to the process that held it before, and
+       nothing to a copy of its folder that fell behind (`bookmark`).
     4. Changing, removing or reordering rows is detected by `Ledger.verify` given the heads that statements
        recorded; without a later head, removing the last rows cannot be detected by the file alone.
     Assumed: nobody who holds the file rewrites it together with all statements; overlapping data sets
@@ -25,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,8 +245,14 @@ class Ledger:
 
         return self._write(fields).entry(name)
 
-    def authorise(self, entry: str, token: str, cost: Cost) -> None:
+    def authorise(self, entry: str, token: str, cost: Cost, *, bookmark: str = "") -> None:
         """Record durably that the run may spend up to `cost` in total from now on.
+
+        Args:
+            entry: its id.
+            token: permission of the run.
+            cost: of all it did and is about to do.
+            bookmark: new random text that the folder of the run holds already (see `resume`).
 
         Raises:
             LedgerError: the entry was closed or taken over, or the reservation does not cover the cost.
@@ -254,13 +261,22 @@ class Ledger:
         def fields(state: State) -> dict[str, Any] | None:
             found = held(state, entry, token)
             require_covered(found, cost)
-            if cost.within(found.authorised):
+            if cost.within(found.authorised) and bookmark == found.bookmark:
                 return None
-            return {"kind": "authorise", "entry": entry, "cost": cost.to_dict()}
+            return {"kind": "authorise", "entry": entry, "cost": cost.to_dict(), **_marked(bookmark)}
 
         self._write(fields)
 
-    def commit(self, entry: str, token: str, cost: Cost, mechanism: Any, certificate: Any = None) -> Entry:
+    def commit(
+        self,
+        entry: str,
+        token: str,
+        cost: Cost,
+        mechanism: Any,
+        certificate: Any = None,
+        *,
+        bookmark: str = "",
+    ) -> Entry:
         """Charge for good what was executed: `cost`, but never less than was authorised.
 
         Raises:
@@ -275,6 +291,7 @@ class Ledger:
                 "cost": cost.to_dict(),
                 "mechanism": mechanism.to_dict(),
                 "certificate": None if certificate is None else certificate.to_dict(),
+                **_marked(bookmark),
             }
 
         return self._write(fields).entry(entry)
@@ -328,15 +345,32 @@ class Ledger:
 
         return self._write(fields).entry(entry)
 
-    def resume(self, entry: str, content: str, cost: Cost, mechanism: Any) -> Entry:
+    def resume(
+        self,
+        entry: str,
+        content: str,
+        cost: Cost,
+        mechanism: Any,
+        *,
+        bookmarks: Collection[str] | None = None,
+    ) -> Entry:
         """Continue a run: `cost` is the worst case of all it has done and will do, repeated steps included.
 
         Permissions given before are void. More than what the entry holds is granted only where the filter
         permits.
 
+        Args:
+            entry: its id.
+            content: digest of the data.
+            cost: in total.
+            mechanism: record of the plan.
+            bookmarks: those that the folder of the run holds. A folder without the last one that was charged
+                is behind (a copy, or a backup), and what it knows of the run is too little. None: the caller
+                is the run itself.
+
         Raises:
             BudgetExceededError: it does not.
-            LedgerError: an unknown entry, or one of another data set, adjacency or part.
+            LedgerError: an unknown entry, one of other data or adjacency, or a folder that is behind.
         """
         fingerprint = self.fingerprint(content)
 
@@ -346,6 +380,11 @@ class Ledger:
             if state.names.get(fingerprint) != dataset.name or mechanism.adjacency != found.adjacency:
                 raise LedgerError(
                     f"entry {entry} belongs to other data or another adjacency; start a new run"
+                )
+            if bookmarks is not None and found.bookmark and found.bookmark not in bookmarks:
+                raise LedgerError(
+                    f"the run of entry {entry} went on elsewhere: this folder is an older copy that does not "
+                    "know all steps that were charged; remove it, and start a new run"
                 )
             want = found.authorised.join(cost)
             exclusive = found.exclusive
@@ -464,6 +503,10 @@ class Ledger:
             raise LedgerError(f"the ledger {self.path} holds no row; restore it from a copy")
         self._state = state
         return state
+
+
+def _marked(bookmark: str) -> dict[str, str]:
+    return {"bookmark": bookmark} if bookmark else {}
 
 
 def _sha256(text: str) -> str:

@@ -34,6 +34,7 @@ class Entry:
         owner: identity of the process that holds it.
         time: of the last row.
         hash: of the last row.
+        bookmark: random text that the run wrote into its folder before the last charge; empty without one.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Entry:
     owner: Mapping[str, str]
     time: str
     hash: str
+    bookmark: str = ""
 
     @property
     def charge(self) -> Cost:
@@ -181,7 +183,7 @@ class State:
     def _authorise(self, body: Mapping[str, Any], row: Row) -> None:
         entry = self._open(body)
         mark = entry.authorised.join(Cost.from_dict(body["cost"]))
-        self._update(entry, body, row, authorised=_within(mark, entry))
+        self._update(entry, body, row, authorised=_within(mark, entry), bookmark=_bookmark(body))
 
     def _commit(self, body: Mapping[str, Any], row: Row) -> None:
         entry = self._open(body)
@@ -192,6 +194,7 @@ class State:
             row,
             state=COMMITTED,
             authorised=_within(mark, entry),
+            bookmark=_bookmark(body),
             mechanism=dict(body["mechanism"]),
             certificate=body["certificate"],
         )
@@ -243,6 +246,10 @@ def _string(body: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise LedgerError(f"{name} must be text, got {value!r}")
     return value
+
+
+def _bookmark(body: Mapping[str, Any]) -> str:
+    return _string(body, "bookmark") if "bookmark" in body else ""
 
 
 def _within(mark: Cost, entry: Entry) -> Cost:
