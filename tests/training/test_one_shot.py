@@ -145,6 +145,29 @@ def test_certified_norm_is_measured_at_the_returned_point(monkeypatch):
         minimise(problem(features, labels), 1e-9)
 
 
+def test_products_that_drift_cannot_fake_a_certificate():
+    """Products along the lines are 1 % off here; the returned point was still checked with exact ones."""
+    features, labels = records()
+
+    class Drifting(SoftmaxProblem):
+        seen = None
+
+        def products(self, weights):
+            exact = super().products(weights)
+            along_a_line = self.seen is not None and not torch.equal(weights, self.seen)
+            return 1.01 * exact if along_a_line else exact
+
+        def gradient(self, weights, products):
+            self.seen = weights
+            return super().gradient(weights, products)
+
+    drifting = Drifting(operator(), features, labels, regularization=0.7)
+    found = minimise(drifting, 1e-3)
+    honest = problem(features, labels)
+    true = honest.gradient(found.weights, honest.products(found.weights)).norm()
+    assert float(true) <= found.gradient_norm <= 1e-3
+
+
 def neighbours(features, labels):
     """Pairs of data sets that differ in one record: left out (its features become zero constants)."""
     for i in range(0, len(labels), 5):
@@ -315,6 +338,9 @@ def test_adjacencies():
         noise = [p.noise_std or p.output_noise_std * p.regularization for p in (zero, swap)]
         assert 1.9 < noise[1] / noise[0] < 2.6
         assert best_bound(swap.mechanism(), delta=swap.delta).epsilon <= 3.0
+        moved = [p.output_sensitivity * p.regularization - 2 * p.gradient_tolerance for p in (zero, swap)]
+        own = 0.0 if method == "objective-perturbation" else 1.0
+        assert moved == pytest.approx([own, 2 * own], abs=1e-12)
     size = made("objective-perturbation", "add-remove", 900)
     assert (size.records, size.delta) == (900, 1e-5)
     with pytest.raises(AccountingError, match="zero-out"):
