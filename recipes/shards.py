@@ -193,7 +193,12 @@ def draw(contents: list[dict[str, Any]], path: Path) -> None:
             values = [_mean(_select(removed, kept=k), "accuracy") for k in kept]
             full = _mean(_select(rows, shards=max(counts)), "average")
             right.plot([*kept, max(counts)], [*values, full], "-o", color=colour, markersize=3, label=label)
-        left.set(xscale="log", xlabel="shards", ylabel="accuracy", title=f"{content['data']}: shards")
+        left.set(
+            xscale="log",
+            xlabel="shards (1: one model on all data)",
+            ylabel="accuracy",
+            title=f"{content['data']}: shards",
+        )
         left.set_xticks(counts, [str(s) for s in counts])
         left.minorticks_off()
         right.set(
