@@ -39,8 +39,8 @@ def run_one_shot(
     prepared = prepare_one_shot(data, request)
     plan, learner = prepared.plan, prepared.learner
     warn_of_delta(plan.delta, data, request)
-    account.reserve(prepared.spending())
     try:
+        account.reserve(prepared.spending())
         cached = learner.features(data.train, progress, "reading images")
         held_out = None
         if data.evaluation is not None:

@@ -47,7 +47,10 @@ def run_training(
             raise PlanError(
                 f"{request.model.method} has no steps to continue; remove {partial} and train again"
             )
-        return run_one_shot(data, request, output, account=account, progress=progress)
+        try:
+            return run_one_shot(data, request, output, account=account, progress=progress)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # where the account kept the name of its entry
     prepared = prepare(data, request)
 
     def features() -> tuple[Cached, Cached | None]:
@@ -110,8 +113,8 @@ def train_prepared(
         TrainingInterruptedError: a signal asked for a stop.
     """
     warn_of_delta(prepared.plan.delta, data, request)
-    account.reserve(prepared.spending())
     try:
+        account.reserve(prepared.spending())
         cached, held_out = features()
         trained = train_steps(prepared, request, cached, data.train.labels, partial, account, progress)
         metrics = evaluate(prepared.learner, data, held_out, trained.weights)
