@@ -70,16 +70,32 @@ def open_account(
         progress: called with (stage, done, total).
 
     Raises:
-        LedgerError: the interrupted run is charged to a ledger and none is given.
+        LedgerError: the interrupted run is charged to a ledger and none is given, or the data have a budget
+            and the run makes no claim that could be charged to it.
     """
+    path = None if ledger is None else default_ledger(output) if str(ledger) == "auto" else Path(ledger)
     if not request.privacy.is_private:
+        _refuse_budgeted(path, data, content, progress)
         return NoAccount("a run without a privacy claim is not charged")
-    if ledger is None:
+    if path is None:
         if resume and (partial_folder(output) / _POINTER).exists():
             raise LedgerError("the interrupted run is charged to a ledger; leave --no-ledger out")
         return NoAccount("declined by the user")
-    path = default_ledger(output) if str(ledger) == "auto" else Path(ledger)
     return LedgerAccount(path, data, output, part=part, content=content, resume=resume, progress=progress)
+
+
+def _refuse_budgeted(
+    path: Path | None, data: ImageData, content: str | None, progress: Progress | None
+) -> None:
+    if path is None or not path.exists():
+        return
+    ledger = Ledger(path)
+    name = ledger.find(content or content_digest(data.train, progress))
+    if name is not None and ledger.account(name).budget is not None:
+        raise LedgerError(
+            f"{name!r} has a budget in {path}, and a run without a privacy claim would break it; say "
+            "--no-ledger where that is meant"
+        )
 
 
 def open_ledger(path: Path) -> Ledger:
@@ -146,7 +162,7 @@ class LedgerAccount:
         self._resume, self._progress = resume, progress
         self._ledger: Ledger | None = None
         self._entry: Entry | None = None
-        self._bookmark = ""
+        self._planned, self._bookmark = "", ""
         self._done = False
 
     def reserve(self, plan: Spending) -> None:
@@ -160,12 +176,13 @@ class LedgerAccount:
         pointer = _read_pointer(partial) if self._resume else None
         if self._resume:
             _require_idle(partial)
-        self._ledger = ledger = open_ledger(self._path)
+        self._ledger = ledger = (
+            open_ledger(self._path) if pointer is None else _charged_ledger(self._path, pointer)
+        )
         if not self._content:
             self._content = content_digest(self._data.train, self._progress)
         cost = Cost.of(mechanism, plan.certificate, delta=plan.delta)
         if pointer is not None:
-            _require_same_ledger(pointer, ledger)
             if ledger.entry(pointer["entry"]).part != self._part:
                 raise LedgerError(f"{partial} belongs to another part of the data; start a new run")
             self._entry = ledger.resume(
@@ -175,6 +192,7 @@ class LedgerAccount:
             return
         name = ledger.register(self._content, self._data.name)
         release_abandoned(ledger, name)
+        self._planned = secrets.token_hex(8)
         self._entry = ledger.reserve(
             self._content,
             cost,
@@ -183,6 +201,7 @@ class LedgerAccount:
             run=self._output.name,
             unit=UNIT,
             part=self._part,
+            entry=self._planned,
         )
 
     def authorise(self, spent: Spending) -> None:
@@ -226,12 +245,15 @@ class LedgerAccount:
 
     def close(self) -> None:
         """End; without a commit, what was authorised stays charged and the rest is given back."""
-        if self._done or self._ledger is None or self._entry is None:
+        if self._done or self._ledger is None:
             return
         self._done = True
         # a ledger that fails now keeps the whole reservation, which `dptaft ledger close` ends
         with contextlib.suppress(LedgerError):
-            self._ledger.close(self._entry.id, self._entry.token)
+            if self._entry is not None:
+                self._ledger.close(self._entry.id, self._entry.token)
+            elif self._planned:  # stopped between the reservation and its answer
+                self._ledger.close(self._planned, insist=True)
 
     def _next_bookmark(self) -> str:
         """A new one, in the folder before the ledger has it: the folder always holds that of the ledger."""
@@ -387,12 +409,14 @@ def _read_pointer(partial: Path) -> dict[str, str] | None:
         ) from None
 
 
-def _require_same_ledger(pointer: Mapping[str, str], ledger: Ledger) -> None:
-    if pointer["ledger"] != ledger.id:
-        raise LedgerError(
-            f"the interrupted run is charged to another ledger than {ledger.path}; "
-            f"give --ledger {pointer['path']}"
-        )
+def _charged_ledger(path: Path, pointer: Mapping[str, str]) -> Ledger:
+    """The ledger of an interrupted run; a new one would know nothing of it."""
+    found = None if not path.exists() else Ledger(path)
+    if found is not None and found.id == pointer["ledger"]:
+        return found
+    where = "there is none" if found is None else "it is another ledger"
+    remedy = f"give --ledger {pointer['path']}" if Path(pointer["path"]).exists() else "bring it back"
+    raise LedgerError(f"the interrupted run is not charged to {path} ({where}): {remedy}")
 
 
 def _require_idle(partial: Path) -> None:

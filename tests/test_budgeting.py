@@ -23,6 +23,7 @@ from dptaft_accounting.convexity import ConvexityCertificate
 from dptaft_accounting.ledger import Budget, BudgetExceededError, Cost, Ledger, LedgerError
 
 QUICK = {"scope": "head", "steps": 4}
+SOLVED = {"scope": "head", "method": "output-perturbation"}
 
 
 def steps(count, noise=10.0):
@@ -164,7 +165,10 @@ def test_resume_needs_the_ledger_that_was_charged(tmp_path):
     run.authorise(steps(25))
     run.close()
     other = LedgerAccount(tmp_path / "other.sqlite", small_data(), tmp_path / "run", resume=True)
-    with pytest.raises(LedgerError, match=r"charged to another ledger .* give --ledger .*ledger\.sqlite"):
+    with pytest.raises(LedgerError, match=r"other.sqlite \(there is none\): give --ledger .*ledger\.sqlite"):
+        other.reserve(steps(50))
+    Ledger.create(tmp_path / "other.sqlite")
+    with pytest.raises(LedgerError, match=r"\(it is another ledger\): give --ledger .*ledger\.sqlite"):
         other.reserve(steps(50))
     request = Request(PrivacyConfig(3.0), ModelConfig(), {}, PerformanceConfig(), "small")
     with pytest.raises(LedgerError, match="leave --no-ledger out"):
@@ -386,6 +390,63 @@ def test_unreadable_data_after_the_reservation_costs_nothing(tmp_path, monkeypat
     with pytest.raises(ValueError, match="no image"):
         dptaft.train(small_data(), epsilon=2, output=tmp_path / "one", **QUICK)
     assert standing(tmp_path).entries == ()
+
+
+def test_a_stop_between_the_reservation_and_its_answer_costs_nothing(tmp_path, monkeypatch):
+    real = Ledger.reserve
+
+    def stopped(self, *args, **options):
+        real(self, *args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "reserve", stopped)
+    for options in (QUICK, SOLVED):
+        with pytest.raises(KeyboardInterrupt):
+            dptaft.train(small_data(), epsilon=2, output=tmp_path / "run", **options)
+    assert standing(tmp_path).entries == ()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_without_steps_leaves_no_partial_folder(tmp_path, monkeypatch, fails):
+    import dptaft.training.one_shot_run as one_shot_run
+
+    def broken(*_, **__):
+        raise ValueError("no minimum")
+
+    if fails:
+        monkeypatch.setattr(one_shot_run, "train_once", broken)
+        with pytest.raises(ValueError, match="no minimum"):
+            dptaft.train(small_data(), epsilon=2, output=tmp_path / "run", **SOLVED)
+    else:
+        dptaft.train(small_data(), epsilon=2, output=tmp_path / "run", **SOLVED)
+    assert standing(tmp_path).entries[0].state == ("closed" if fails else "committed")
+    assert standing(tmp_path).entries[0].charge.epsilon > Decimal("1.9")
+    assert not partial_folder(tmp_path / "run").exists()
+
+
+def test_a_run_without_a_claim_is_refused_where_the_data_have_a_budget(tmp_path):
+    for privacy in ({"epsilon": float("inf")}, {"epsilon": 1.0, "insecure_seed": 1}):
+        output = tmp_path / str(len(privacy))
+        dptaft.train(small_data(), output=output, **privacy, **QUICK)
+        shutil.rmtree(output)
+    limited(tmp_path, 3.0)
+    for privacy in ({"epsilon": float("inf")}, {"epsilon": 1.0, "insecure_seed": 1}):
+        output = tmp_path / str(len(privacy))
+        with pytest.raises(LedgerError, match=r"has a budget in .* say --no-ledger where that is meant"):
+            dptaft.train(small_data(), output=output, **privacy, **QUICK)
+        dptaft.train(small_data(), output=output, ledger=None, **privacy, **QUICK)
+
+
+def test_an_interrupted_run_makes_no_new_ledger(tmp_path):
+    run = account(tmp_path)
+    run.reserve(steps(50))
+    run.authorise(steps(25))
+    run.close()
+    (tmp_path / "ledger.sqlite").rename(tmp_path / "kept")
+    with pytest.raises(LedgerError, match=r"ledger.sqlite \(there is none\): bring it back"):
+        account(tmp_path, resume=True).reserve(steps(50))
+    (tmp_path / "kept").rename(tmp_path / "ledger.sqlite")
+    account(tmp_path, resume=True).reserve(steps(50))
 
 
 def test_a_diverged_run_stays_charged(tmp_path):

@@ -41,6 +41,7 @@ from dptaft_accounting.ledger_rules import (
     held,
     known_dataset,
     require_covered,
+    require_room,
     require_same_neighbours,
 )
 from dptaft_accounting.ledger_state import FORMAT, OPEN, Entry, State
@@ -170,7 +171,8 @@ class Ledger:
 
         Raises:
             LedgerError: a budget was declared before (a new one is a new promise, made after looking: say
-                `replace`), or earlier runs cannot be counted under its adjacency and unit.
+                `replace`), it is exceeded already, or earlier runs cannot be counted under its adjacency and
+                unit.
         """
 
         def fields(state: State) -> dict[str, Any]:
@@ -182,6 +184,7 @@ class Ledger:
                 )
             for entry in state.of(dataset):
                 require_same_neighbours(entry.adjacency, entry.unit, budget, f"the run {entry.run!r}")
+            require_room(state, dataset, budget)
             return {"kind": "budget", "dataset": dataset, "budget": budget.to_dict()}
 
         self._write(fields)

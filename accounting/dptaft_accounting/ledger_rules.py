@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 
 from dptaft_accounting.ledger_filter import (
     Budget,
@@ -118,13 +119,13 @@ def admit(
     fresh = run is None or run.exclusive or run.authorised == Cost.zero()
     if not others and part is None and fresh and budget.covers_alone(cost):
         return True
-    raise BudgetExceededError(_refusal(dataset.name, budget, before, after, cost, others))
+    whole = budget.epsilon if not others and part is None and cost.delta <= budget.delta else Decimal(0)
+    raise BudgetExceededError(_refusal(dataset.name, budget, before, after, cost, others, whole))
 
 
 def _refusal(
-    name: str, budget: Budget, before: Load, after: Load, cost: Cost, others: Iterable[Entry]
+    name: str, budget: Budget, before: Load, after: Load, cost: Cost, others: list[Entry], whole: Decimal
 ) -> str:
-    others = list(others)
     total, limit, delta = budget.epsilon_of(after), float(budget.epsilon), float(cost.delta)
     if math.isinf(total):
         over = f"leave the total of {name!r} without a finite epsilon at delta {float(budget.delta):g}"
@@ -135,9 +136,7 @@ def _refusal(
         )
     else:
         over = f"exceed what the budget of {name!r} sets aside for failure probabilities"
-    fits = budget.largest_epsilon(before, delta, cost)
-    if not others and cost.delta <= budget.delta:
-        fits = max(fits, limit)
+    fits = max(budget.largest_epsilon(before, delta, cost), float_down(whole))
     spent = budget.epsilon_of(before) if others else 0.0
     rest = f"spent and reserved so far: epsilon {spent:.6g}; " + (
         f"the largest epsilon at delta {delta:g} that fits is {fits:g}"
@@ -184,6 +183,23 @@ def require_same_neighbours(adjacency: str, unit: str, budget: Budget, who: str)
         )
     if unit != budget.unit:
         raise LedgerError(f"the budget protects {budget.unit!r} and {who} {unit!r}; use one unit for both")
+
+
+def require_room(state: State, dataset: str, budget: Budget) -> None:
+    """Refuse a budget that earlier runs exceed: nobody could keep it.
+
+    Raises:
+        LedgerError: with what they claim.
+    """
+    entries = state.of(dataset)
+    load = total_load((entry.charge, entry.part) for entry in entries)
+    alone = len(entries) == 1 and budget.covers_alone(entries[0].charge)
+    if not alone and not budget.permits(load):
+        raise LedgerError(
+            f"the runs on {dataset!r} claim epsilon {budget.epsilon_of(load):.6g} at delta "
+            f"{float(budget.delta):g} already, more than this budget of {float(budget.epsilon):g}; declare a "
+            "larger one"
+        )
 
 
 def held(state: State, entry: str, token: str) -> Entry:

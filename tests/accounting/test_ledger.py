@@ -98,6 +98,32 @@ def test_largest_epsilon_fits_for_poisson_runs_too(limited):
     assert limited.reserve("a", cost_of(small), small, run="poisson").state == "open"
 
 
+def test_a_budget_that_is_exceeded_already_cannot_be_declared(ledger):
+    spend(ledger, 0.5)
+    spend(ledger, 0.5)
+    with pytest.raises(
+        LedgerError, match=r"claim epsilon 2\.9\d+ at delta 1e-05 already, more than this budget of 2"
+    ):
+        ledger.declare("scans", Budget.from_epsilon(2.0, 1e-5))
+    ledger.declare("scans", Budget.from_epsilon(3.0, 1e-5))
+    with pytest.raises(LedgerError, match="already, more than this budget of 2"):
+        ledger.declare("scans", Budget.from_epsilon(2.0, 1e-5), replace=True)
+
+
+def test_a_single_run_may_fill_a_budget_that_is_declared_later(ledger):
+    spend(ledger, WHOLE)
+    ledger.declare("scans", Budget.from_epsilon(3.0, 1e-5))
+    with pytest.raises(BudgetExceededError):
+        reserve(ledger, 0.01)
+
+
+def test_what_fits_is_said_for_parts_which_cannot_have_the_budget_whole(limited):
+    with pytest.raises(BudgetExceededError, match="that fits is") as error:
+        reserve(limited, WHOLE, part=("thirds", "1"))
+    fits = float(str(error.value).split("that fits is ")[1])
+    reserve(limited, epsilon_to_mu(fits, 1e-5), part=("thirds", "1"))
+
+
 def test_open_reservations_count_whole_and_the_rest_comes_back(limited):
     entry = reserve(limited, 0.7)
     with pytest.raises(BudgetExceededError, match=f"unfinished runs hold a part .entries {entry.id}"):
