@@ -146,7 +146,7 @@ def test_certified_norm_is_measured_at_the_returned_point(monkeypatch):
 
 
 def test_a_wrong_gradient_on_the_way_cannot_fake_the_certificate():
-    """The first gradient from updated products is reported as nearly zero; the solver checks it and goes on."""
+    """A gradient from updated products is reported as nearly zero; the solver checks it and goes on."""
     features, labels = records()
 
     class Faked(SoftmaxProblem):
@@ -158,7 +158,7 @@ def test_a_wrong_gradient_on_the_way_cannot_fake_the_certificate():
 
         def gradient(self, weights, products):
             found = super().gradient(weights, products)
-            if products is not self.fresh and self.fakes:
+            if products is not self.fresh and self.fakes and 0.02 < found.norm() < 0.9:
                 self.fakes -= 1
                 return 1e-9 * found
             return found
