@@ -186,3 +186,14 @@ def test_the_recipe_of_the_paper_runs_on_a_stand_in(tmp_path):
     assert len(content["rows"]) == 28
     assert all(row["mean"] is not None for row in content["rows"])
     assert not content["failed"]
+
+
+def test_what_a_kill_left_beside_a_finished_run_is_removed(finished):
+    made, folder, *_ = finished
+    point = expand(made)[0]
+    left = [folder / RUNS / f"{point.id}.partial", folder / RUNS / f".{point.id}-x1y2"]
+    for path in left:
+        path.mkdir()
+        (path / "checkpoint.safetensors").write_bytes(b"private")
+    run_sweep(made, folder)
+    assert not any(path.exists() for path in left)

@@ -9,9 +9,12 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tomli_w
+from builders import small_images
 from sweeping import HEAD, recipe
 
 from dptaft.runs import load_run
@@ -78,6 +81,10 @@ def test_a_sweep_that_goes_on_is_not_charged_again(published):
     (root / "all" / RUNS / point.id).rename(root / "taken-away")
     again = run_sweep(made, root / "all")
     assert len(again.kept) == 3
+    (failed,) = again.failed  # the run that was taken away may be published: a second one is not paid for
+    assert "a second result costs again" in failed.error
+    (root / "taken-away").rename(root / "all" / RUNS / point.id)
+    assert run_sweep(made, root / "all").failed == ()
     assert len(entries(root)[1]) == 1
     with pytest.raises(RecipeError, match="another recipe, whose cost is settled"):
         run_sweep(recipe("publish-all", seeds=(0, 1), epsilons=[1.0]), root / "all")
@@ -137,6 +144,32 @@ def test_a_crash_at_any_moment_of_the_charge_leads_to_one_charge(tmp_path, monke
     spent = [entry for entry in found if float(entry.authorised.epsilon) > 0]
     assert [entry.id for entry in spent] == [fields["ledger_entry"]]
     assert float(spent[0].authorised.epsilon) >= whole.epsilon
+
+
+def test_a_sweep_whose_data_changed_is_refused(tmp_path):
+    from builders import small_data
+
+    whole = compose([Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5)])
+    places = (tmp_path / "ledger.sqlite", tmp_path / "pointer.json", "sweep")
+    data = small_data()
+    charge(whole, data, *places)
+    fewer = replace(data, train=data.train.take(range(59)))
+    with pytest.raises(RecipeError, match="holds other records now; restore them"):
+        charge(whole, fewer, *places)
+    charge(whole, data, *places)
+
+
+def test_a_finished_point_continues_from_its_partial_folder_alone(tmp_path):
+    spending = Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5)
+    partial = tmp_path / "runs" / "point.partial"
+    partial.mkdir(parents=True)
+    account = SweepAccount({}, spending, tmp_path / "finished" / "point", partial)
+    for _ in range(2):  # stopped between its commit and its run folder
+        account.reserve(spending)
+        account.commit(spending)
+    partial.rmdir()
+    with pytest.raises(RecipeError, match="bring the folder back, or start a new sweep"):
+        account.reserve(spending)
 
 
 def test_composition_is_that_of_the_parts_and_points_without_noise_are_refused():
@@ -308,7 +341,10 @@ def test_candidates_of_another_curve_are_refused(tmp_path):
 def test_a_killed_sweep_of_100_points_repeats_and_charges_nothing_twice(tmp_path):
     """SIGKILL half-way; then again to the end."""
     budgets = [0.5 + 0.25 * i for i in range(10)]
-    made = recipe("publish-all", name="hundred", seeds=tuple(range(10)), epsilons=budgets, steps=2)
+    images, labels = small_images(12)
+    np.savez(tmp_path / "few.npz", images=images.clip(0, 1), labels=labels)
+    data = [{"name": "few", "source": str(tmp_path / "few.npz"), "classes": ["a", "b", "c"]}]
+    made = recipe("publish-all", name="hundred", seeds=tuple(range(10)), epsilons=budgets, steps=2, data=data)
     path, folder = tmp_path / "hundred.toml", tmp_path / "sweep"
     path.write_text(tomli_w.dumps(dict(made.content)))
     command = [sys.executable, "-m", "dptaft", "sweep", str(path), "--output", str(folder)]
@@ -316,7 +352,7 @@ def test_a_killed_sweep_of_100_points_repeats_and_charges_nothing_twice(tmp_path
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
 
     def finished():
-        return sorted((folder / RUNS).glob("digits-*/privacy.json")) if folder.exists() else []
+        return sorted((folder / RUNS).glob("few-*/privacy.json")) if folder.exists() else []
 
     while len(finished()) < 50 and process.poll() is None:
         time.sleep(0.01)
@@ -327,7 +363,7 @@ def test_a_killed_sweep_of_100_points_repeats_and_charges_nothing_twice(tmp_path
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
     assert len(finished()) == 100
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in before} == before
-    assert not list(folder.glob("runs/*.partial"))
+    assert {path.name for path in (folder / RUNS).iterdir()} == {point.id for point in expand(made)}
     ledger, (entry,) = entries(tmp_path)
     statements = [load_run(file.parent).statement for file in finished()]
     total = compose([spending(statement) for statement in statements])

@@ -1,7 +1,7 @@
 """Running a recipe: resumable, one folder per point, failures reported at the end.
 
 A sweep folder holds ``recipe.toml`` (what was asked, overrides included), ``runs/<point>`` (finished runs),
-``failures.json`` and the results. A finished point is never trained again; an interrupted one goes on where
+``finished`` (which points of a sweep with a ledger were trained), ``failures.json`` and the results. A finished point is never trained again; an interrupted one goes on where
 it stopped; what was charged is remembered before it is authorised.
 """
 
@@ -12,6 +12,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -29,9 +30,10 @@ from dptaft.sweep.recipe import Recipe, RecipeError
 from dptaft.sweep.treatment import Whole, charge, compose, public_fields, published_fields
 from dptaft.sweep.work import FEATURES, Outcome, Payment, Worker, run_task
 from dptaft.training.account import Spending
+from dptaft.training.trainer import partial_folder
 from dptaft_accounting import PrivacyStatement
 
-RUNS, FAILURES, RECIPE = "runs", "failures.json", "recipe.toml"
+RUNS, FAILURES, RECIPE, FINISHED = "runs", "failures.json", "recipe.toml", "finished"
 
 Report = Callable[[int, int, Sequence[Outcome]], None]
 
@@ -135,12 +137,19 @@ def sweep_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
 
 
 def _finished(runs: Path, point: SweepPoint) -> Outcome | None:
+    for draft in runs.glob(f".{point.id}-*"):
+        shutil.rmtree(draft, ignore_errors=True)  # left by a process killed while it wrote the run
     if not (runs / point.id).is_dir():
         return None
     try:
-        return Outcome(point.id, load_run(runs / point.id).accuracy)
+        found = Outcome(point.id, load_run(runs / point.id).accuracy)
     except RunError as error:
-        raise RecipeError(f"{error}; or remove that folder to train the point again") from None
+        raise RecipeError(
+            f"{error}; or, for public data, remove that folder to train the point again"
+        ) from None
+    # a process killed right after it wrote the run leaves the checkpoint behind
+    shutil.rmtree(partial_folder(runs / point.id), ignore_errors=True)
+    return found
 
 
 def _settle(
@@ -160,7 +169,7 @@ def _settle(
         images = worker.images(own[0])
         fields = charge(whole, images, ledger, folder / f"ledger-{name}.json", f"sweep {folder.name}")
         wholes[data.name] = whole
-        payments[data.name] = Payment(published_fields(whole, fields), spendings)
+        payments[data.name] = Payment(published_fields(whole, fields), spendings, folder / FINISHED)
         _write_whole(folder / f"privacy-{name}.json", whole, fields)
     return payments, wholes
 

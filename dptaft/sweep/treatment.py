@@ -104,6 +104,11 @@ def charge(whole: Whole, data: ImageData, ledger: Path, pointer: Path, run: str)
     if entry.state == _OPEN:
         book.authorise(entry.id, entry.token, cost)
         entry = book.commit(entry.id, entry.token, cost, whole.mechanism)
+    if book.find(content) != entry.dataset:
+        raise RecipeError(
+            f"the sweep was charged to {entry.dataset!r} and {data.name!r} holds other records now; restore "
+            "them, or start a new sweep (another --output)"
+        )
     if dict(entry.mechanism) != json.loads(json.dumps(whole.mechanism.to_dict())):
         raise RecipeError(
             f"{pointer} names a ledger entry of another sweep; restore the recipe, or choose another --output"
@@ -129,17 +134,37 @@ class SweepAccount:
     Args:
         fields: what the statement of the point says about its sweep.
         allowed: what was paid for the point; None where nothing is charged.
+        trace: file that says that the point was trained; None where it may be trained again.
+        partial: folder of the unfinished point.
 
     Formal guarantees:
-        A point never authorises more than was paid for it: steps beyond its own plan are refused.
+        A point never authorises more than was paid for it: steps beyond its own plan are refused, and so is a
+        second result in place of a finished one that was taken away.
     """
 
-    def __init__(self, fields: Mapping[str, Any], allowed: Spending | None = None) -> None:
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        allowed: Spending | None = None,
+        trace: Path | None = None,
+        partial: Path | None = None,
+    ) -> None:
         self._fields, self._allowed = dict(fields), allowed
+        self._trace, self._partial = trace, partial
 
     def reserve(self, plan: Spending) -> None:
-        """Compare the plan with what was paid."""
+        """Compare the plan with what was paid.
+
+        Raises:
+            RecipeError: more, or the point was paid for once and trained.
+        """
         self._require(plan)
+        continues = self._partial is not None and self._partial.is_dir()
+        if self._trace is not None and self._trace.exists() and not continues:
+            raise RecipeError(
+                "the point was trained, and its run folder is gone: a second result costs again; bring the "
+                "folder back, or start a new sweep (another --output)"
+            )
 
     def authorise(self, spent: Spending) -> None:
         """Compare all steps so far, and the ones about to run, with what was paid."""
@@ -148,6 +173,9 @@ class SweepAccount:
     def commit(self, spent: Spending) -> Mapping[str, Any]:
         """Fields for the statement's composition group."""
         self._require(spent)
+        if self._trace is not None:
+            self._trace.parent.mkdir(exist_ok=True)
+            write_atomically(self._trace, b"")
         return self._fields
 
     def close(self) -> None:

@@ -47,14 +47,17 @@ class Payment:
     Attributes:
         fields: what its statement says about the sweep.
         allowed: what was paid, by id of the point; points that are missing are not checked.
+        finished: folder that remembers the points that were trained; None where each may be trained again.
     """
 
     fields: Mapping[str, Any]
     allowed: Mapping[str, Spending]
+    finished: Path | None = None
 
-    def account(self, point: SweepPoint) -> SweepAccount:
-        """The account of one point."""
-        return SweepAccount(self.fields, self.allowed.get(point.id))
+    def account(self, point: SweepPoint, output: Path) -> SweepAccount:
+        """The account of one point, whose run is written to `output`."""
+        trace = None if self.finished is None else self.finished / point.id
+        return SweepAccount(self.fields, self.allowed.get(point.id), trace, partial_folder(output))
 
 
 class Worker:
@@ -140,7 +143,12 @@ class Worker:
     ) -> dict[str, Outcome]:
         data = self.images(points[0])
         given = [
-            Point(self._request(point), self.output(point), payment.account(point), plans[point.id])
+            Point(
+                self._request(point),
+                self.output(point),
+                payment.account(point, self.output(point)),
+                plans[point.id],
+            )
             for point in points
         ]
         runs = run_members(
@@ -163,7 +171,7 @@ class Worker:
                 **options,
                 output=output,
                 resume=partial_folder(output).is_dir(),
-                ledger=payment.account(point),
+                ledger=payment.account(point, output),
                 progress=progress,
             )
         except TrainingInterruptedError:
