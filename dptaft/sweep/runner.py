@@ -1,8 +1,9 @@
 """Running a recipe: resumable, one folder per point, failures reported at the end.
 
 A sweep folder holds ``recipe.toml`` (what was asked, overrides included), ``runs/<point>`` (finished runs),
-``finished`` (which points of a sweep with a ledger were trained), ``failures.json`` and the results. A finished point is never trained again; an interrupted one goes on where
-it stopped; what was charged is remembered before it is authorised.
+``finished`` (which points of a sweep with a ledger were trained), ``failures.json`` and the results. A
+finished point is never trained again; an interrupted one goes on where it stopped; what was charged is
+remembered before it is authorised.
 """
 
 from __future__ import annotations
