@@ -55,9 +55,23 @@ def test_init_shows_the_budget(project):
 
 
 def test_training_shows_what_is_left(project):
-    _, _, first, _ = project
+    folder, _, first, _ = project
     line = next(line for line in first.splitlines() if line.startswith("budget"))
-    assert "spent on bands; one more run at delta 1e-05 may have epsilon 2.05" in line
+    assert f"spent on bands (ledger {folder / 'ledger.sqlite'}); one more run at delta 1e-05 may have" in line
+    assert "may have epsilon 2.05" in line
+
+
+def test_training_shows_which_ledger_was_charged_without_a_budget_too(archive, tmp_path):
+    """A run folder elsewhere has another ledger, where nothing is declared: both are said."""
+    beside = train(archive, tmp_path / "elsewhere" / "run", "--epsilon", 1)
+    line = next(line for line in beside.output.splitlines() if line.startswith("budget"))
+    assert (
+        f"(ledger {tmp_path / 'elsewhere' / 'ledger.sqlite'}); no budget is declared (`dptaft ledger" in line
+    )
+    shared = tmp_path / "shared.sqlite"
+    far = train(archive, tmp_path / "elsewhere" / "two", "--epsilon", 1, "--ledger", shared)
+    line = next(line for line in far.output.splitlines() if line.startswith("budget"))
+    assert f"(ledger {Ledger(shared).id})" in line
 
 
 def test_a_run_that_does_not_fit_is_refused_in_one_line(project):

@@ -275,7 +275,7 @@ def _privacy_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *_mechanism_rows(facts),
         ("adjacency", f"{facts['adjacency']}, unit: {facts['unit']}"),
         ("random source", facts["random_source"]),
-        *_budget_rows(facts["ledger"]),
+        *_budget_rows(facts["ledger"], Path(facts["run"]).parent),
         *(("note", line) for line in facts["caveats"]),
     ]
 
@@ -296,13 +296,29 @@ def _mechanism_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _budget_rows(ledger: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is left of a declared budget, rounded down; nothing without one."""
+def _budget_rows(ledger: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """Where the run was charged, what is spent there, and what is left of a declared budget, rounded down."""
     left, total = ledger["remaining"], ledger["total"]
-    if left is None:
+    if total is None:
         return []
+    beside = folder / "ledger.sqlite"
+    place = beside if _is_ledger(beside, ledger["ledger"]) else ledger["ledger"]
     spent = (
         f"epsilon {up(total['epsilon'], 6)} at delta {up(total['delta'], 3)} spent on {ledger['data_set']}"
     )
-    rest = f"one more run at delta {left['delta']:g} may have epsilon {left['epsilon']:g}"
-    return [("budget", f"{spent}; {rest if left['epsilon'] > 0 else 'nothing is left'}")]
+    if left is None:
+        rest = "no budget is declared (`dptaft ledger init` sets one)"
+    elif left["epsilon"] > 0:
+        rest = f"one more run at delta {left['delta']:g} may have epsilon {left['epsilon']:g}"
+    else:
+        rest = "nothing is left"
+    return [("budget", f"{spent} (ledger {place}); {rest}")]
+
+
+def _is_ledger(path: Path, name: str) -> bool:
+    from dptaft_accounting.ledger import Ledger, LedgerError
+
+    try:
+        return Ledger(path).id == name
+    except LedgerError:
+        return False
