@@ -1,7 +1,7 @@
 """Accuracy over the number of shards, after removing shards, and the time that removal takes.
 
-python recipes/shards.py measure digits --repeats 3
-python recipes/shards.py measure fashion-mnist --train 10000 --evaluation 2000
+python recipes/shards.py measure digits
+python recipes/shards.py measure fashion-mnist --train 3000 --evaluation 1000
 python recipes/shards.py plot
 
 `measure` trains the data set in 1 to 50 random shards, with and without privacy, default options throughout,
