@@ -389,10 +389,8 @@ class Ledger:
                     f"the run of entry {entry} went on elsewhere: this folder is an older copy that does not "
                     "know all steps that were charged; remove it, and start a new run"
                 )
-            want = found.authorised.join(cost)
-            exclusive = found.exclusive
+            want, exclusive = found.after_resume(cost), found.takes_all
             if not want.within(found.charge):
-                want = want.join(found.charge)
                 exclusive = admit(state, dataset, want, found.adjacency, found.unit, found.part, found)
             return {
                 "kind": "resume",

@@ -115,8 +115,8 @@ def admit(
     before = total_load((entry.charge, entry.part) for entry in others)
     after = total_load([*((entry.charge, entry.part) for entry in others), (cost, part)])
     if budget.permits(after):
-        return run is not None and run.exclusive
-    fresh = run is None or run.exclusive or run.authorised == Cost.zero()
+        return run is not None and run.takes_all
+    fresh = run is None or run.takes_all or run.authorised == Cost.zero()
     if not others and part is None and fresh and budget.covers_alone(cost):
         return True
     whole = budget.epsilon if not others and part is None and cost.delta <= budget.delta else Decimal(0)

@@ -65,6 +65,15 @@ class Entry:
         """Whether nothing else fits, whatever this run spends."""
         return self.exclusive and self.state != RELEASED
 
+    def after_resume(self, cost: Cost) -> Cost:
+        """The reservation of the run when it goes on and needs `cost` in total.
+
+        It keeps what it holds: an open run all of it, and a run that took the budget whole what it asked for
+        then, since what does not fit beside others must not look as if it did.
+        """
+        need = self.authorised.join(cost)
+        return need.join(self.reserved) if self.state == OPEN or self.takes_all else need
+
 
 @dataclass
 class DataSet:
@@ -206,9 +215,7 @@ class State:
 
     def _resume(self, body: Mapping[str, Any], row: Row) -> None:
         entry = self.entry(body["entry"])
-        reserved = entry.authorised.join(Cost.from_dict(body["cost"]))
-        if entry.state == OPEN or entry.exclusive:
-            reserved = reserved.join(entry.reserved)
+        reserved = entry.after_resume(Cost.from_dict(body["cost"]))
         self._update(
             entry,
             body,

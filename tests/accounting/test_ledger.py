@@ -117,6 +117,30 @@ def test_a_single_run_may_fill_a_budget_that_is_declared_later(ledger):
         reserve(ledger, 0.01)
 
 
+def test_a_reservation_given_back_by_a_run_that_took_all_is_not_restored_beside_others(limited):
+    entry = reserve(limited, WHOLE)
+    limited.release(entry.id, entry.token)
+    spend(limited, 0.5)
+    again = limited.resume(entry.id, "a", cost_of(gaussian(0.1)), gaussian(0.1))
+    assert limited.account("scans").budget.permits(limited.account("scans").claimed)
+    with pytest.raises(LedgerError, match="more than the"):
+        limited.authorise(again.id, again.token, cost_of(gaussian(0.2)))
+    reserve(limited, 0.5)
+
+
+def test_a_run_that_took_all_resumes_beside_others_only_where_the_filter_permits(limited):
+    entry = reserve(limited, WHOLE)
+    limited.authorise(entry.id, entry.token, cost_of(gaussian(0.1)))
+    limited.close(entry.id, entry.token)
+    with pytest.raises(BudgetExceededError, match="given whole"):
+        reserve(limited, 0.1)
+    limited.declare("scans", Budget.from_epsilon(3.5, 1e-5), replace=True)
+    spend(limited, 0.7)
+    with pytest.raises(BudgetExceededError):
+        limited.resume(entry.id, "a", cost_of(gaussian(0.1)), gaussian(0.1))
+    assert limited.account("scans").budget.permits(limited.account("scans").claimed)
+
+
 def test_what_fits_is_said_for_parts_which_cannot_have_the_budget_whole(limited):
     with pytest.raises(BudgetExceededError, match="that fits is") as error:
         reserve(limited, WHOLE, part=("thirds", "1"))
