@@ -123,6 +123,7 @@ def test_a_reservation_given_back_by_a_run_that_took_all_is_not_restored_beside_
     spend(limited, 0.5)
     again = limited.resume(entry.id, "a", cost_of(gaussian(0.1)), gaussian(0.1))
     assert limited.account("scans").budget.permits(limited.account("scans").claimed)
+    assert not again.exclusive
     with pytest.raises(LedgerError, match="more than the"):
         limited.authorise(again.id, again.token, cost_of(gaussian(0.2)))
     reserve(limited, 0.5)
