@@ -222,11 +222,10 @@ def _run_tasks(
         for task in tasks:
             yield worker.run(task, payments[task.points[0].data.name], progress)
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
         waiting = [
-            pool.submit(run_task, runs, public, task, payments[task.points[0].data.name], threads)
+            pool.submit(run_task, runs, public, task, payments[task.points[0].data.name], jobs)
             for task in tasks
         ]
         try:

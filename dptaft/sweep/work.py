@@ -15,7 +15,7 @@ from dptaft.data import ImageData
 from dptaft.learner import Learner, Progress
 from dptaft.runs import Run
 from dptaft.sweep.points import SweepPoint, Task, load_source
-from dptaft.sweep.shared import Boundaries, use_fastest_layout
+from dptaft.sweep.shared import Boundaries, memory_share, use_fastest_layout
 from dptaft.sweep.treatment import SweepAccount
 from dptaft.training.account import Spending
 from dptaft.training.members import Point, can_share_steps, most_members, run_members
@@ -66,10 +66,12 @@ class Worker:
     Args:
         folder: holds one run folder per point, and features that several points need one after the other.
         public: the images are public by the treatment of the budget.
+        processes: that work at the same time and share the memory of the machine.
     """
 
-    def __init__(self, folder: Path, public: bool) -> None:
+    def __init__(self, folder: Path, public: bool, processes: int = 1) -> None:
         self._folder, self._public = folder, public
+        self._most_bytes = memory_share(processes)
         self._images: dict[str, ImageData] = {}
         self._boundaries = Boundaries()
 
@@ -99,7 +101,7 @@ class Worker:
                 continue
             if learner is None or learner.config != request.model or not task.shared:
                 learner = build_learner(images, request)
-                use_fastest_layout(learner, len(images.train))
+                use_fastest_layout(learner, len(images.train), self._most_bytes)
             found[point.id] = prepare(images, request, learner)
         return found
 
@@ -195,18 +197,18 @@ def _outcome(point: SweepPoint, run: Run | Exception) -> Outcome:
     return Outcome(point.id, error=" ".join(str(run).split()) or type(run).__name__)
 
 
-def run_task(folder: Path, public: bool, task: Task, payment: Payment, threads: int) -> list[Outcome]:
+def run_task(folder: Path, public: bool, task: Task, payment: Payment, jobs: int) -> list[Outcome]:
     """One task in a process of its own, for several tasks at once."""
-    torch.set_num_threads(threads)
-    return _worker(folder, public).run(task, payment)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    return _worker(folder, public, jobs).run(task, payment)
 
 
 _WORKERS: dict[tuple[int, Path, bool], Worker] = {}
 
 
-def _worker(folder: Path, public: bool) -> Worker:
+def _worker(folder: Path, public: bool, jobs: int) -> Worker:
     """The worker of this process, so that tasks that follow each other share what they can."""
     key = (os.getpid(), folder, public)
     if key not in _WORKERS:
-        _WORKERS[key] = Worker(folder, public)
+        _WORKERS[key] = Worker(folder, public, jobs)
     return _WORKERS[key]
