@@ -24,8 +24,12 @@ ROUNDING = 2.0**-12
 """Allowance for float32 rounding: no rescaled Jacobian, as it is computed, has a norm above 1 + ROUNDING."""
 
 
+_SMALLEST = 2.0**-200
+"""Least squared norm that is scaled: float32 holds products with smaller Jacobians to a few bits only."""
+
+
 def unit_scales(grams: Tensor) -> Tensor:
-    """``1/sqrt(largest eigenvalue)`` of each Gram matrix; 0 where it is zero or anything is not finite.
+    """``1/sqrt(largest eigenvalue)`` of each Gram matrix; 0 where it is zero (nearly) or not finite.
 
     Args:
         grams: K_i = J_i J_i^T, (n, C, C), symmetric.
@@ -41,8 +45,7 @@ def unit_scales(grams: Tensor) -> Tensor:
     finite = torch.isfinite(wide).flatten(1).all(1)
     safe = torch.where(finite[:, None, None], wide, torch.zeros_like(wide))
     largest = torch.linalg.eigvalsh(safe)[:, -1].clamp(min=0.0)
-    scales = largest.rsqrt()
-    return torch.where(torch.isfinite(scales), scales, torch.zeros_like(scales))
+    return torch.where(largest > _SMALLEST, largest.rsqrt(), 0.0)
 
 
 class BoundedOperator:

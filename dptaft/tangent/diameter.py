@@ -20,9 +20,14 @@ from dptaft.tangent.dual_operator import DualOperator
 from dptaft.tangent.model import TangentModel
 from dptaft.tangent.operator import Features, TangentOperator
 
+_CANCELLED = 2.0**-42
+"""Of the largest squared row: what rounding may take from a squared distance when rows are almost equal."""
+_EQUAL = 2.0**-38
+"""Of the largest squared row: rows whose squared distances are at most this count as equal."""
+
 
 def inverse_diameters(grams: Tensor) -> Tensor:
-    """1/D of every example; 0 where the rows are all equal or anything is not finite.
+    """1/D of every example, rounded down; 0 where the rows are all (almost) equal or anything is not finite.
 
     Args:
         grams: K_i = J_i J_i^T, (n, C, C), symmetric.
@@ -31,16 +36,16 @@ def inverse_diameters(grams: Tensor) -> Tensor:
         (n,) in float64.
 
     Example:
-        >>> inverse_diameters(torch.diag_embed(torch.tensor([[9.0, 16.0], [0.0, 0.0]]))).tolist()
-        [0.2, 0.0]
+        >>> inverse_diameters(torch.diag_embed(torch.tensor([[9.0, 16.0], [0.0, 0.0]])))
+        tensor([0.2000, 0.0000], dtype=torch.float64)
     """
     wide = grams.double()
     squared = torch.diagonal(wide, dim1=1, dim2=2)
     distances = squared[:, :, None] + squared[:, None] - 2.0 * wide
     finite = torch.isfinite(distances).flatten(1).all(1)
-    largest = torch.where(finite, distances.flatten(1).amax(1), 0.0).clamp(min=0.0)
-    scales = largest.rsqrt()
-    return torch.where(torch.isfinite(scales), scales, torch.zeros_like(scales))
+    largest, row = distances.flatten(1).amax(1), squared.amax(1)
+    usable = finite & (largest > _EQUAL * row) & (largest > 0.0)
+    return torch.where(usable, (largest + _CANCELLED * row).rsqrt(), 0.0)
 
 
 class DiameterOperator(BoundedOperator):

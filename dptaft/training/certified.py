@@ -212,6 +212,13 @@ def design(
         )
     steps = whole_epochs(steps, sampling)
     bound = constants.gradient * (1.0 + ROUNDING)
+    least = bound * (1.0 + CLIP_MARGIN)
+    clip = least if privacy.l2_clip_norm is None else privacy.l2_clip_norm
+    if bound <= clip < least:
+        raise CertificateError(
+            f"l2_clip_norm {clip:g} leaves no room for float32 rounding above the gradient bound; "
+            f"use at least {least:.6g}, or leave it out"
+        )
     found = Design(
         loss=_certified_name(loss),
         constants=constants,
@@ -222,7 +229,7 @@ def design(
         max_batch_size=largest,
         normaliser=normaliser,
         records=num_records,
-        l2_clip_norm=privacy.l2_clip_norm or bound * (1.0 + CLIP_MARGIN),
+        l2_clip_norm=clip,
         adjacency=privacy.adjacency,
     )
     reasons.append(f"contraction {found.contraction:.6g} per step, gradient bound {bound:.4g}")

@@ -112,7 +112,9 @@ class FusedEngine:
     def clipped_sum(
         self, theta: Mapping[str, Tensor], indices: Tensor, l2_clip_norms: Sequence[float] | None = None
     ) -> ClippedSum:
-        """Sum over the batch of clipped gradients at `theta`.
+        """Sum over the batch of clipped gradients at `theta`, in float64.
+
+        Products are taken in the operator's precision, one physical batch at a time, and added in float64.
 
         Args:
             theta: tangent weights, each with an optional leading members axis.
@@ -136,14 +138,16 @@ class FusedEngine:
         def piece(start: int, stop: int) -> None:
             nonlocal bad
             part, part_bad = self._piece(theta, clip, self._select(indices, start, stop))
-            for name, value in part.items():
-                total[name] = total[name].add_(value) if name in total else value
+            for name, value in part.items():  # float64: the rounding of a long sum would outgrow FLOAT_SLACK
+                total[name] = total[name].add_(value) if name in total else value.double()
             bad = bad + part_bad.cpu()
 
         with torch.no_grad():
             self._physical.run(len(indices), piece)
             if not total:
-                total = {name: torch.zeros_like(theta[name]) for name in self.parameter_shapes}
+                total = {
+                    name: torch.zeros_like(theta[name], dtype=torch.float64) for name in self.parameter_shapes
+                }
         counts = () if members is None else tuple(int(count) for count in bad)
         return ClippedSum(total, clip, self.adjacency, members, int(bad.sum()), counts)
 
