@@ -39,6 +39,7 @@ from dptaft_accounting.second_opinion import SecondOpinion, linear_instance, sec
 
 PASSED, FAILED, NOTE = "passed", "failed", "note"
 _SAME = 1e-6  # a second opinion may exceed the claim by no more than this
+_UNIT_JACOBIAN = 1.0 + 2.0**-12  # norm that training allows for, float32 rounding included
 _NEAR = 0.02  # and the recomputed bound is expected within this above it
 _COMPARED = (
     ("privacy", "adjacency", "claim", "adjacency"),
@@ -144,7 +145,7 @@ def verify(
     checks += answers
     second, answer = _second(statement)
     checks.append(answer)
-    checks += _certificate(statement, _classes(place) if whole else None)
+    checks += _certificate(statement, _settings(place) if whole else {})
     if whole:
         checks += _agreement(place, statement)
     checks += _ledger(place, statement, ledger)
@@ -211,26 +212,67 @@ def _second(statement: PrivacyStatement) -> tuple[SecondOpinion, Check]:
     return second, Check("second accountant", PASSED, words)
 
 
-def _classes(folder: Path) -> int | None:
-    """Number of classes of a run, None where its configuration does not say."""
-    with contextlib.suppress(RunError, KeyError, TypeError):
-        return len(read_config(folder)["data"]["classes"])
-    return None
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """Configuration of a run; empty where it cannot be read, which another check reports."""
+    with contextlib.suppress(RunError):
+        return read_config(folder)
+    return {}
 
 
-def _certificate(statement: PrivacyStatement, classes: int | None) -> Iterator[Check]:
-    raw = statement.accounting.get("certificate")
-    if raw is None:
+def _certificate(statement: PrivacyStatement, config: Mapping[str, Any]) -> Iterator[Check]:
+    """Issues every certificate again, those of the parts of a composition too, and asks the configuration."""
+    found = list(_certificates(statement))
+    if not found:
         return
+    classes = _value(config, "data", "classes")
+    count = len(classes) if isinstance(classes, list) else None
+    problems = [problem for raw in found for problem in _unfounded(raw, count)]
+    own = statement.accounting.get("certificate")
+    if own is not None:
+        problems += _against_settings(own, config)
+    fine = "issued again from loss, feature bound and step size: the same numbers"
+    yield _result("certificate", problems, fine)
+
+
+def _certificates(statement: PrivacyStatement) -> Iterator[Any]:
+    """Certificate of the accounting group, then those inside the mechanism record."""
+    own = statement.accounting.get("certificate")
+    if own is not None:
+        yield own
+    records = [statement.mechanism["record"]]
+    while records:
+        record = records.pop()
+        if isinstance(record, Mapping):
+            if record.get("kind") == "certified-last-iterate":
+                yield record.get("certificate")
+            records += [record.get("base"), *(record.get("parts") or ())]
+
+
+def _unfounded(raw: Any, classes: int | None) -> list[str]:
+    """What of a certificate does not follow from loss, feature bound and step size."""
     try:
         own = ConvexityCertificate.from_dict(raw)
-        again = _reissue(own, classes)
+        again = _reissue(own, classes).to_dict()
     except (AccountingError, KeyError, TypeError, ValueError) as error:
-        yield Check("certificate", FAILED, f"it cannot be issued again from its parts: {error}")
-        return
-    names = [name for name, value in again.to_dict().items() if name != "origin" and raw.get(name) != value]
-    fine = "issued again from loss, feature bound and step size: the same numbers"
-    yield _result("certificate", [f"{name} does not follow from its parts" for name in names], fine)
+        return [f"it cannot be issued again from its parts: {error}"]
+    names = [name for name, value in again.items() if name != "origin" and raw.get(name) != value]
+    return [f"{name} does not follow from its parts" for name in names]
+
+
+def _against_settings(raw: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Numbers of a certificate that are not those of the run's optimiser and model."""
+    problems = []
+    for name, setting in (("step_size", "learning_rate"), ("strong_convexity", "l2_regularization")):
+        value = _value(config, "optimizer", setting)
+        if value is not None and raw.get(name) != value:
+            problems.append(f"{name} is not the {setting} {value!r} of {CONFIG}")
+    if _value(config, "model", "unit_jacobian"):
+        bound = (raw.get("origin") or {}).get("feature_bound")
+        with contextlib.suppress(TypeError, ValueError):
+            if float(bound) >= _UNIT_JACOBIAN:
+                return problems
+        problems.append(f"feature_bound {bound} is below {_UNIT_JACOBIAN:.9g}, that of unit Jacobians")
+    return problems
 
 
 def _constants(loss: str, classes: int | None) -> LossConstants | None:
