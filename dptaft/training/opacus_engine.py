@@ -129,7 +129,7 @@ class OpacusEngine:
         self._wrapped.remove_hooks()
 
     def clipped_sum(self, theta: Mapping[str, Tensor], indices: Tensor) -> ClippedSum:
-        """Sum over the batch of clipped gradients at `theta`.
+        """Sum over the batch of clipped gradients at `theta`; physical batches are added in float64.
 
         Args:
             theta: values for the module's parameters (the parameters themselves cost nothing).
@@ -142,7 +142,7 @@ class OpacusEngine:
         self._load(theta)
         if not self._verified and len(indices):
             self._verify(indices[:1])
-        total = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.parameters.items()}
         bad = 0
 
         def piece(start: int, stop: int) -> None:

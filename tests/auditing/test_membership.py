@@ -100,7 +100,7 @@ def test_shadow_models_are_runs_on_their_records(trained, data):
             velocity[name] = prepared.optimizer.momentum * velocity[name] + total[name] / share
             theta[name] = theta[name] - prepared.optimizer.learning_rate * velocity[name]
     for name, value in theta.items():
-        assert torch.allclose(weights[name][2], value, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(weights[name][2].double(), value.double(), rtol=1e-4, atol=1e-5)
 
 
 def _loss(recipe):
