@@ -31,6 +31,7 @@ from dptaft.training.plan import PlanError
 
 MAX_ITERATIONS = 20_000
 _ALLOWANCE = 2.0**-40
+_LOGIT_ALLOWANCE = 2.0**-45
 _MEMORY_BYTES = 1 << 31
 _LONGEST_MEMORY = 20
 _SHRINK = 1.0 - 2.0**-30
@@ -147,9 +148,13 @@ class SoftmaxProblem:
         return total
 
     def allowance(self, weights: Tensor) -> float:
-        """What rounding may hide of a gradient: 2^-40 of the norms of all its terms."""
-        terms = len(self) * DIAMETER + self.regularization * float(weights.norm()) + float(self.linear.norm())
-        return _ALLOWANCE * terms
+        """What rounding may hide of a gradient: 2^-40 of the norms of all its terms, 2^-45 of all logits.
+
+        Logits that are off by that share of |theta| turn every record's gradient by half as much, at most.
+        """
+        length = float(weights.norm())
+        terms = len(self) * DIAMETER + self.regularization * length + float(self.linear.norm())
+        return _ALLOWANCE * terms + _LOGIT_ALLOWANCE * len(self) * DIAMETER**2 * length
 
 
 @dataclass(frozen=True)
