@@ -316,10 +316,12 @@ def make_plan(
     sampling: Sampling,
     noise_factors: tuple[float, ...] | None = None,
     certify: Callable[[Mechanism], ConvexityCertificate] | None = None,
+    before: Callable[[Mechanism, ConvexityCertificate | None], Mechanism] | None = None,
 ) -> Plan:
     """Calibrate the noise so that the planned mechanism spends at most the requested epsilon.
 
-    With `certify` only the last iterate is released, and the noise is calibrated against the best bound.
+    With `certify` only the last iterate is released, and the noise is calibrated against the best bound. With
+    `before`, which puts an earlier run in front of a record, the target holds for both together.
 
     Raises:
         PlanError: a combination without a sound bound, or a target that no noise reaches.
@@ -343,8 +345,15 @@ def make_plan(
     if math.isinf(privacy.epsilon):
         return plan
     target = Target(epsilon=float(privacy.epsilon), delta=delta)
-    noise = calibrate_noise_multiplier(lambda z: _record(plan, z, None), target, certificate=certify)
-    return replace(plan, noise_multiplier=noise)
+    if before is None:
+        noise = calibrate_noise_multiplier(lambda z: _record(plan, z, None), target, certificate=certify)
+        return replace(plan, noise_multiplier=noise)
+
+    def both(z: float) -> Mechanism:
+        own = _record(plan, z, None)
+        return before(own, None if certify is None else certify(own))
+
+    return replace(plan, noise_multiplier=calibrate_noise_multiplier(both, target))
 
 
 def _record(plan: Plan, noise: float, executed: tuple[int, ...] | None) -> Mechanism:
