@@ -57,7 +57,7 @@ def test_noise_used_twice(trained, data, monkeypatch):
         if not kept:
             noised = honest(values, **{k: v for k, v in given.items() if k != "out"})
             kept.update({name: noised[name] - values[name] for name in values})
-        return {name: values[name] + kept[name] for name in values}
+        return {name: (values[name] + kept[name]).to(given["out"][name].dtype) for name in values}
 
     monkeypatch.setattr(optimizers, "gaussian_mechanism", repeated)
     report = audit(run, data)
