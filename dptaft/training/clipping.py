@@ -157,13 +157,17 @@ def require_finite_start(clipped: ClippedSum, batch_size: int) -> None:
         )
 
 
+LARGEST_PIECE = 2048
+"""Sums over one piece are float32: longer ones would outgrow `FLOAT_SLACK`, whatever fits in memory."""
+
+
 class PhysicalBatches:
     """Works through a batch in pieces that fit in memory; the pieces never change what is computed.
 
     After an out-of-memory error the piece size is halved, and the failed piece is done again.
 
     Args:
-        size: largest number of examples in memory at once.
+        size: largest number of examples in memory at once; at most `LARGEST_PIECE` are taken.
 
     Example:
         >>> PhysicalBatches(2).run(5, lambda start, stop: print(start, stop))
@@ -175,7 +179,7 @@ class PhysicalBatches:
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ValueError(f"physical_batch_size must be at least 1, got {size}")
-        self.size = size
+        self.size = min(size, LARGEST_PIECE)
 
     def run(self, count: int, piece: Callable[[int, int], None]) -> None:
         """Call ``piece(start, stop)`` over 0..count; `piece` changes nothing until it cannot fail any more.

@@ -232,7 +232,11 @@ def _details(
         "loss": request.model.loss,
         "optimizer": optimizer.kind,
         "averaging": optimizer.averaging,
-        "dtypes": {"sums": "float32", "noise": "float64", "features": request.model.feature_precision},
+        "dtypes": {
+            "sums": "float32 within a physical batch, float64 across batches",
+            "noise": "float64",
+            "features": request.model.feature_precision,
+        },
     }
 
 

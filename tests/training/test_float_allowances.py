@@ -8,7 +8,7 @@ from dptaft.tangent.bounded import SCALE, BoundedOperator, unit_scales
 from dptaft.tangent.diameter import inverse_diameters
 from dptaft.tangent.head_operator import HeadOperator
 from dptaft.training.certified import CLIP_MARGIN, design
-from dptaft.training.clipping import FLOAT_SLACK
+from dptaft.training.clipping import FLOAT_SLACK, LARGEST_PIECE, PhysicalBatches
 from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import CrossEntropy
 from dptaft.training.plan import PrivacyConfig, Sampling
@@ -90,3 +90,10 @@ def test_diameters_are_not_too_small_where_a_common_part_cancels():
 def test_jacobians_in_the_subnormal_range_count_nothing():
     """Float32 holds products with them to a few bits only, so that their norm would not be bounded."""
     assert unit_scales(torch.eye(2, dtype=torch.float64)[None] * 1e-76).tolist() == [0.0]
+
+
+def test_no_piece_is_so_long_that_float32_sums_outgrow_their_allowance():
+    lengths = []
+    PhysicalBatches(10**6).run(5000, lambda start, stop: lengths.append(stop - start))
+    assert sum(lengths) == 5000
+    assert max(lengths) <= LARGEST_PIECE
