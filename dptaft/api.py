@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ def train(
     seed: int = 0,
     feature_precision: str = "float32",
     head: str = "random",
-    centered: bool | None = None,
+    centered: bool = True,
     fresh_class_token: bool = False,
     reinitialised_blocks: int = 0,
     adjacency: str = "zero-out",
@@ -42,7 +41,6 @@ def train(
     expected_batch_size: int | None = None,
     insecure_seed: int | None = None,
     certified: bool = False,
-    warm_start: float | None = None,
     optimizer: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     public_data: bool = False,
@@ -71,10 +69,8 @@ def train(
         loss: ``cross-entropy``, ``rescaled-square`` or ``huber-square``.
         seed: of everything random in the model (head, fresh parts); noise and samples are never seeded by it.
         feature_precision: of cached activations; what is cached defines the model.
-        head: ``random``, a safetensors file with ``weight`` and ``bias``, or the folder of a finished private
-            run of scope ``head``, whose head is linearised around and whose cost is part of this run's claim.
-        centered: drop the offset f(x; w0), which is arbitrary with a random head; None drops it unless
-            `head` is a run.
+        head: ``random``, or a safetensors file with ``weight`` and ``bias``.
+        centered: drop the offset f(x; w0), which is arbitrary with a random head.
         fresh_class_token: replace the class token at the first linearised block by a trainable one.
         reinitialised_blocks: number of last blocks that start afresh.
         adjacency: ``zero-out``, ``add-remove`` or ``replace-one``.
@@ -86,8 +82,6 @@ def train(
         insecure_seed: seeds noise and samples, for debugging; voids the claim.
         certified: train a convex loss on unit Jacobians within a certificate, to convergence, and claim the
             final weights alone; step size, regularisation, steps and noise are planned (docs/certified.md).
-        warm_start: fraction of the budget (of mu^2) that first trains the head alone, in a run of its own at
-            ``<output>.head``; `epsilon` covers both.
         optimizer: fields of `dptaft.training.optimizers.OptimizerConfig`; others take public defaults.
         classes: declared class names.
         public_data: declare the images a public benchmark (its class list is then public too).
@@ -132,7 +126,7 @@ def train(
             seed=seed,
             feature_precision=feature_precision,
             head=head,
-            centered=not _is_run(head) if centered is None else centered,
+            centered=centered,
             fresh_class_token=fresh_class_token,
             reinitialised_blocks=reinitialised_blocks,
             unit_jacobian=certified,
@@ -143,20 +137,12 @@ def train(
     )
     from dptaft.budgeting import open_account
     from dptaft.data import load_data
-    from dptaft.training.trainer import partial_folder, run_training
+    from dptaft.training.trainer import run_training
 
     options = {"classes": classes, "public": public_data, "skip_corrupt": skip_corrupt}
     images = load_data(data, **options) if isinstance(data, str) else data
     images.check_adjacency(adjacency)
     target = Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
-    if warm_start is not None:
-        from dptaft.training.two_stages import train_head
-
-        head_run = train_head(
-            images, request, target, warm_start, ledger=ledger, resume=resume, progress=progress
-        )
-        started = replace(request.model, head=str(head_run), centered=centered is True)
-        request, resume = replace(request, model=started), resume and partial_folder(target).is_dir()
     if ledger is None or isinstance(ledger, str | Path):
         account = open_account(images, request, target, ledger=ledger, resume=resume, progress=progress)
     else:
@@ -164,10 +150,6 @@ def train(
     run = run_training(images, request, target, account=account, resume=resume, progress=progress)
     images.warn_unreadable()
     return run
-
-
-def _is_run(head: str) -> bool:
-    return head != "random" and Path(head).is_dir()
 
 
 def _new_id(name: str, epsilon: float) -> str:

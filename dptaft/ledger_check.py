@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dptaft_accounting import PrivacyStatement, mechanism_from_dict
 from dptaft_accounting.convexity import ConvexityCertificate
@@ -40,8 +39,8 @@ def ledger_problems(statement: PrivacyStatement, path: str | os.PathLike[str]) -
 
 
 def _entry_problems(statement: PrivacyStatement, entry: Entry) -> Iterator[str]:
-    composition = statement.composition
-    record, certificate = own_stage(statement)
+    composition, record = statement.composition, statement.mechanism["record"]
+    certificate = statement.accounting.get("certificate")
     if entry.state != "committed":
         yield f"the entry {entry.id} is {entry.state}, not committed"
     for label, stated, found in (
@@ -57,17 +56,6 @@ def _entry_problems(statement: PrivacyStatement, entry: Entry) -> Iterator[str]:
     cost = Cost.of(mechanism_from_dict(record), proof, delta=statement.claim["delta"])
     if not cost.within(_with_slack(entry.authorised)):
         yield f"the entry {entry.id} was charged less than the run cost"
-
-
-def own_stage(statement: PrivacyStatement) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """Record and certificate of what the run itself did: of two stages, the last."""
-    record, certificate = statement.mechanism["record"], statement.accounting.get("certificate")
-    if "first_stage" not in statement.composition or record["kind"] != "sequence":
-        return record, certificate
-    last = record["parts"][-1]
-    if last["kind"] != "certified-last-iterate":
-        return last, None
-    return last["base"], last["certificate"]
 
 
 def _with_slack(cost: Cost) -> Cost:

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dptaft.ledger_check import LEDGER_NAME, ledger_problems, own_stage
+from dptaft.ledger_check import LEDGER_NAME, ledger_problems
 from dptaft.revision import source_revision
 from dptaft.runs import (
     AUDIT,
@@ -227,7 +227,7 @@ def _certificate(statement: PrivacyStatement, config: Mapping[str, Any]) -> Iter
     classes = _value(config, "data", "classes")
     count = len(classes) if isinstance(classes, list) else None
     problems = [problem for raw in found for problem in _unfounded(raw, count)]
-    _, own = own_stage(statement)
+    own = statement.accounting.get("certificate")
     if own is not None:
         problems += _against_settings(own, config)
     fine = "issued again from loss, feature bound and step size: the same numbers"

@@ -25,13 +25,7 @@ from dptaft_accounting.canonical import canonical, content_id, dumps, parse
 from dptaft_accounting.convexity import ConvexityCertificate
 from dptaft_accounting.dominating_gaussian import gaussian_view
 from dptaft_accounting.errors import StatementError
-from dptaft_accounting.mechanisms import (
-    CertifiedLastIterate,
-    Mechanism,
-    PoissonGaussian,
-    SequenceComposition,
-    mechanism_from_dict,
-)
+from dptaft_accounting.mechanisms import Mechanism, PoissonGaussian, mechanism_from_dict
 from dptaft_accounting.schema import validate
 from dptaft_accounting.tradeoff import Profile, advantage, bayes_error, tpr_at_fpr
 
@@ -261,11 +255,6 @@ def _contradictions(
 ) -> list[str]:
     """Details of the mechanism group that contradict the record or the certificate."""
     problems = []
-    if isinstance(mechanism, SequenceComposition):  # the details are those of the last stage
-        mechanism = mechanism.parts[-1]
-    if isinstance(mechanism, CertifiedLastIterate):
-        certificate = mechanism.certificate
-        mechanism = mechanism.base
     clip, std = group.get("l2_clip_norm"), group.get("noise_std")
     noise = _least_noise(mechanism)
     if noise is not None and clip is not None and std is not None and std < noise * clip * (1 - 1e-6):

@@ -24,12 +24,6 @@ def train_parts(
     """Train shards as asked on the command line; returns what to print."""
     from dptaft.shards import add_shard, train_shards
 
-    if options.pop("warm_start") is not None:
-        raise click.UsageError(
-            "--warm-start does not go with shards: the head would see records of all of them"
-        )
-    if options["centered"] is None:
-        options["centered"] = True
     parent, number = shards["shards_of"], shards["public_shards"]
     if parent is not None:
         _refuse_others(shards)

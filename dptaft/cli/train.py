@@ -128,23 +128,8 @@ STEPS = Steps()
     default="float32",
     show_default=True,
 )
-@click.option(
-    "--head",
-    default="random",
-    show_default=True,
-    help="random, a safetensors file, or a private run of scope head (its cost is part of the claim).",
-)
-@click.option(
-    "--warm-start",
-    type=float,
-    metavar="FRACTION",
-    help="Train the head first, with this fraction of the budget (of mu^2), and linearise around it.",
-)
-@click.option(
-    "--centered/--uncentered",
-    default=None,
-    help="Drop or keep f(x; w0).  [default: drop it, unless the head is a run]",
-)
+@click.option("--head", default="random", show_default=True, help="random, or a safetensors file of a head.")
+@click.option("--centered/--uncentered", default=True, show_default=True, help="Drop or keep f(x; w0).")
 @click.option(
     "--fresh-class-token", is_flag=True, help="New trainable class token at the first linearised block."
 )
@@ -221,10 +206,8 @@ def summary(run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = {"run": str(run.path), "evaluation_accuracy": run.accuracy}
     if run.statement is None:
         return facts | {"no_privacy_claim": run.no_claim}
-    from dptaft.ledger_check import own_stage
-
     statement = run.statement
-    record, details = own_stage(statement)[0], statement.mechanism
+    record, details = statement.mechanism["record"], statement.mechanism
     mu = statement.accounting.get("mu")
     return facts | {
         "epsilon": statement.claim["epsilon"],

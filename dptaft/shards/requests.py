@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dptaft.data import ImageData, load_data
@@ -88,10 +87,6 @@ def make_request(
     model = ModelConfig(**parts[1])
     if model.method in ONE_SHOT:
         raise PlanError(f"shards are trained by gradient steps, which {model.method} does not; use tangent")
-    if model.head != "random" and Path(model.head).is_dir():
-        raise PlanError(
-            "shards are trained on their own records alone: the head of a run has seen others; use random"
-        )
     return Request(privacy, model, dict(optimizer or {}), PerformanceConfig(**parts[2]), name)
 
 

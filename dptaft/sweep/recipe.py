@@ -49,7 +49,6 @@ _OWN = {
     "delta": "declare it in [budget]",
     "seed": "list seeds at the top",
     "insecure_seed": "a sweep is never run with seeded noise",
-    "warm_start": "a sweep accounts single runs",
     "output": "give --output",
     "resume": "a sweep continues by itself",
     "progress": "it is no option of a recipe",
@@ -360,8 +359,6 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
             raise RecipeError(f"{key} in {where}: declare it in [[data]]")
         _require(key in allowed, f"unknown option {key!r} in {where}; options are those of dptaft.train")
         _check_type(key, value, str(allowed[key].annotation), where)
-        if key == "head" and Path(value).is_dir():
-            raise RecipeError(f"head in {where} is a run: a sweep accounts single runs; use random or a file")
 
 
 def _check_type(key: str, value: Any, annotation: str, where: str) -> None:

@@ -16,7 +16,6 @@ from dptaft.training.one_shot_plan import DIAMETER, MARGIN, OneShotPlan
 from dptaft.training.optimizers import OptimizerConfig, PrivateOptimizer
 from dptaft.training.plan import ModelConfig, Plan, Request
 from dptaft.training.vouching import assumptions, data_accesses
-from dptaft.training.warm_start import FirstStage, both_stages
 from dptaft_accounting import ConvexityCertificate, PrivacyStatement
 
 _PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
@@ -49,35 +48,28 @@ def build_statement(
     utility: Mapping[str, Any],
     admin: Mapping[str, Any],
     certificate: ConvexityCertificate | None = None,
-    first: FirstStage | None = None,
 ) -> PrivacyStatement:
     """Account all executed steps and write down claim, mechanism and circumstances.
 
     `executed` numbers all steps that may have touched the data, repeated ones again; `completed` is how many
     of them the released weights contain; `private` is the optimiser that added the noise, `charged` what the
     account says. The published standard deviation is the least of all steps. `certificate` covers the
-    executed steps of a certified run. With `first` the claim covers that run and this one; the account was
-    charged for this one alone.
+    executed steps of a certified run.
     """
-    caveats = _caveats(data, request) + ([] if first is None else [_of_both(first)])
+    caveats = _caveats(data, request)
     if completed < plan.steps or len(executed) != plan.steps:
         caveats.append(
             f"the run was interrupted: {plan.steps} steps were planned, {len(executed)} are accounted, "
             f"the weights contain {completed}"
         )
-    mechanism, own = plan.mechanism(executed), certificate
-    if first is not None:  # the certificate is then part of the record
-        mechanism, own = both_stages(first.mechanism, mechanism, certificate, plan.delta), None
     return PrivacyStatement.build(
-        mechanism,
+        plan.mechanism(executed),
         plan.delta,
-        certificate=own,
+        certificate=certificate,
         unit="one training record",
-        claim=_claim(data, request, plan, backbone, certificate, first),
+        claim=_claim(data, request, plan, backbone, certificate),
         details=_details(request, plan, optimizer, private, executed),
-        composition=_composition(request)
-        | dict(charged)
-        | ({} if first is None else {"first_stage": first.described()}),
+        composition=_composition(request) | dict(charged),
         implementation=_implementation(_sampling_source(plan)),
         utility=utility,
         admin={**admin, "caveats": caveats + _unrecorded(charged)},
@@ -132,12 +124,11 @@ def _claim(
     plan: Plan | OneShotPlan,
     backbone: Mapping[str, str],
     certificate: ConvexityCertificate | None,
-    first: FirstStage | None = None,
 ) -> dict[str, Any]:
     not_protected = ["side channels: timing, memory, files on the training machine"]
     if data.evaluation is not None:
         not_protected.insert(0, "the evaluation images: their accuracy is published as it is")
-    if request.model.head != "random" and first is None:
+    if request.model.head != "random":
         not_protected.insert(0, "records that the given head was trained on")
     if not data.classes_are_public:
         not_protected.insert(0, "the list of classes: it was taken from the data")
@@ -147,16 +138,9 @@ def _claim(
             f"backbone {backbone['name']} ({backbone['source']}) and its normalisation constants",
             f"number of classes: {len(data.classes)}",
         ],
-        "data_accesses": data_accesses(data, request, tuned=bool(_chosen(request)), first=first),
+        "data_accesses": data_accesses(data, request, tuned=bool(_chosen(request))),
         "assumptions": assumptions(data, request, plan, backbone, certificate),
     }
-
-
-def _of_both(first: FirstStage) -> str:
-    return (
-        f"the claim covers two stages: the head of the run {first.name} (statement {first.statement.id}) "
-        "and this run; each is charged to a ledger on its own"
-    )
 
 
 def _caveats(data: ImageData, request: Request) -> list[str]:

@@ -96,7 +96,6 @@ def write_run(
         utility=utility_of(metrics),
         admin=found.admin,
         certificate=prepared.spending(trained.executed).certificate,
-        first=prepared.first,
     )
     write_statement(folder, statement)
 

@@ -316,12 +316,10 @@ def make_plan(
     sampling: Sampling,
     noise_factors: tuple[float, ...] | None = None,
     certify: Callable[[Mechanism], ConvexityCertificate] | None = None,
-    before: Callable[[Mechanism, ConvexityCertificate | None], Mechanism] | None = None,
 ) -> Plan:
     """Calibrate the noise so that the planned mechanism spends at most the requested epsilon.
 
-    With `certify` only the last iterate is released, and the noise is calibrated against the best bound. With
-    `before`, which puts an earlier run in front of a record, the target holds for both together.
+    With `certify` only the last iterate is released, and the noise is calibrated against the best bound.
 
     Raises:
         PlanError: a combination without a sound bound, or a target that no noise reaches.
@@ -345,15 +343,8 @@ def make_plan(
     if math.isinf(privacy.epsilon):
         return plan
     target = Target(epsilon=float(privacy.epsilon), delta=delta)
-    if before is None:
-        noise = calibrate_noise_multiplier(lambda z: _record(plan, z, None), target, certificate=certify)
-        return replace(plan, noise_multiplier=noise)
-
-    def both(z: float) -> Mechanism:
-        own = _record(plan, z, None)
-        return before(own, None if certify is None else certify(own))
-
-    return replace(plan, noise_multiplier=calibrate_noise_multiplier(both, target))
+    noise = calibrate_noise_multiplier(lambda z: _record(plan, z, None), target, certificate=certify)
+    return replace(plan, noise_multiplier=noise)
 
 
 def _record(plan: Plan, noise: float, executed: tuple[int, ...] | None) -> Mechanism:

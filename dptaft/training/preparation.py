@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from dptaft.backbones import load_backbone
 from dptaft.data import ImageData
 from dptaft.learner import Learner
 from dptaft.tangent.bounded import BoundedOperator
-from dptaft.tangent.initialise import initialise_head
 from dptaft.training.account import Spending
 from dptaft.training.certified import Design, design
 from dptaft.training.defaults import (
@@ -35,23 +34,14 @@ from dptaft.training.plan import (
     resolve_sampling,
     whole_epochs,
 )
-from dptaft.training.warm_start import (
-    FirstStage,
-    both_stages,
-    first_stage,
-    head_of_run,
-    is_run,
-    remaining,
-)
-from dptaft_accounting import ConvexityCertificate, Mechanism
+from dptaft_accounting import ConvexityCertificate
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A run ready to read private images: model, plan, public hyperparameters.
 
-    `design` is what a certified run enforces; None for other runs. `first` is the run whose head this
-    one starts from.
+    `design` is what a certified run enforces; None for other runs.
     """
 
     learner: Learner
@@ -60,7 +50,6 @@ class Prepared:
     l2_clip_norm: float
     head: Mapping[str, Tensor]
     design: Design | None = None
-    first: FirstStage | None = None
 
     @property
     def certificate(self) -> ConvexityCertificate | None:
@@ -69,8 +58,6 @@ class Prepared:
 
     def spending(self, executed: tuple[int, ...] | None = None) -> Spending:
         """Cost of the planned steps, or of the steps that were executed (numbers, repeated ones again).
-
-        That of a first stage is not in it: that run was charged where it was made.
 
         For a certified run an execution whose result was lost counts as one more step of the chain: the bound
         of a longer chain is never smaller, and the lost iterate stays in the private folder.
@@ -102,8 +89,6 @@ def prepare_one_shot(data: ImageData, request: Request) -> PreparedOneShot:
         PlanError: a setting that only stepwise training has, or a target that cannot be met.
     """
     method = request.model.method
-    if is_run(request.model.head):
-        raise PlanError(f"{method} does not start from a run; give the head as a file, or use method tangent")
     if request.optimizer:
         raise PlanError(f"{method} takes no steps: leave out {', '.join(sorted(request.optimizer))}")
     check_settings(method, request.privacy)
@@ -124,20 +109,8 @@ def build_learner(data: ImageData, request: Request) -> Learner:
     if model.loss not in LOSSES:
         raise PlanError(f"unknown loss {model.loss!r}; use {', '.join(LOSSES)}")
     backbone = load_backbone(
-        model.name,
-        num_classes=len(data.classes),
-        seed=model.seed,
-        weights=model.weights,
-        head="random" if is_run(model.head) else model.head,
+        model.name, num_classes=len(data.classes), seed=model.seed, weights=model.weights, head=model.head
     )
-    if is_run(model.head):
-        given = head_of_run(model.head)
-        if len(given["weight"]) != len(data.classes):
-            raise PlanError(
-                f"{model.head} has {len(given['weight'])} classes, the data {len(data.classes)}; "
-                "train the head on the same classes"
-            )
-        initialise_head(backbone.model, len(data.classes), **given)
     bounded = model.unit_jacobian or model.is_one_shot
     if bounded and model.head == "random" and model.scope != "head":
         balance_head(backbone, model)
@@ -168,9 +141,7 @@ def prepare(data: ImageData, request: Request, learner: Learner | None = None) -
     head = frozen_head(learner)
     records = privacy.public_size or len(data.train)
     delta = privacy.delta if privacy.delta is not None else default_delta(records)
-    first = first_stage(request, data.classes, learner.backbone)
-    left = remaining(privacy, first, delta)
-    defaults = default_hyperparameters(records, left.epsilon, delta)
+    defaults = default_hyperparameters(records, privacy.epsilon, delta)
     scale = jacobian_scale(learner)
     settings: dict[str, Any] = {
         "kind": "momentum",
@@ -190,18 +161,9 @@ def prepare(data: ImageData, request: Request, learner: Learner | None = None) -
         steps=steps,
         sampling=sampling,
         noise_factors=tuple(optimizer.noise_multipliers(1.0, steps)),
-        before=_before(first, delta),
     )
     clip = privacy.l2_clip_norm or defaults.relative_clip_norm * scale
-    return Prepared(learner, plan, optimizer, clip, head, first=first)
-
-
-def _before(
-    first: FirstStage | None, delta: float
-) -> Callable[[Mechanism, ConvexityCertificate | None], Mechanism] | None:
-    if first is None:
-        return None
-    return lambda own, certificate: both_stages(first.mechanism, own, certificate, delta)
+    return Prepared(learner, plan, optimizer, clip, head)
 
 
 def frozen_head(learner: Learner) -> dict[str, Tensor]:
@@ -224,10 +186,8 @@ def _prepare_certified(data: ImageData, request: Request, learner: Learner) -> P
             f"the certificate covers at most the public size {records}, which the data exceed; raise it"
         )
     delta = privacy.delta if privacy.delta is not None else default_delta(records)
-    first = first_stage(request, data.classes, learner.backbone)
-    left = remaining(privacy, first, delta)
     found = design_for(
-        left, request.model.loss, len(data.classes), records, delta, request.optimizer, learner
+        privacy, request.model.loss, len(data.classes), records, delta, request.optimizer, learner
     )
     optimizer = OptimizerConfig(
         kind="sgd", learning_rate=found.step_size, l2_regularization=found.regularization
@@ -238,9 +198,8 @@ def _prepare_certified(data: ImageData, request: Request, learner: Learner) -> P
         steps=found.steps,
         sampling=found.sampling,
         certify=found.certify,
-        before=_before(first, delta),
     )
-    return Prepared(learner, plan, optimizer, found.l2_clip_norm, frozen_head(learner), found, first)
+    return Prepared(learner, plan, optimizer, found.l2_clip_norm, frozen_head(learner), found)
 
 
 def design_for(

@@ -255,4 +255,4 @@ def _fingerprint(prepared: Prepared, request: Request, cached: Cached, labels: T
         "backbone": prepared.learner.backbone.digest,
         "images": cached.digest,
         "labels": data_fingerprint([labels]),
-    } | ({} if prepared.first is None else {"first_stage": prepared.first.statement.id})
+    }

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dptaft.data import ImageData
 from dptaft.training.one_shot_plan import OneShotPlan
 from dptaft.training.plan import Plan, Request
-from dptaft.training.warm_start import FirstStage
 from dptaft_accounting.convexity import ConvexityCertificate
 
 COVERED, PUBLIC, NOT_COVERED, NONE = "covered", "public", "not covered", "none"
@@ -20,20 +19,17 @@ _BY_PROOF, _BY_CODE, _BY_USER, _BY_NOBODY = (
 )
 
 
-def data_accesses(
-    data: ImageData, request: Request, *, tuned: bool, first: FirstStage | None = None
-) -> dict[str, str]:
+def data_accesses(data: ImageData, request: Request, *, tuned: bool) -> dict[str, str]:
     """Every use of the data -> `covered`, `public`, the user's word for it, `not covered` or `none`.
 
     Args:
         data: what was trained on.
         request: what was asked for.
         tuned: whether the user set anything that could have been chosen by looking at the data.
-        first: the run whose head this one starts from; what it left open stays open.
     """
     privacy = request.privacy
     declared = PUBLIC if data.is_public else DECLARED
-    found = {
+    return {
         "training": COVERED,
         "normalisation": PUBLIC,
         "classes": declared if data.classes_are_public else NOT_COVERED,
@@ -45,11 +41,6 @@ def data_accesses(
         "backbone": _backbone(request),
         "evaluation": NONE if data.evaluation is None else NOT_COVERED,
     }
-    if first is None:
-        return found
-    before = first.statement.claim.get("data_accesses", {})
-    worse = {name: NOT_COVERED for name, answer in before.items() if answer == NOT_COVERED}
-    return found | {"head": COVERED} | worse
 
 
 def _backbone(request: Request) -> str:
