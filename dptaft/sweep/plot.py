@@ -14,6 +14,8 @@ from dptaft.sweep.results import Row
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _COLUMNS = 3
+_LEAST_RANGE = 4.0
+"""Points of accuracy that the vertical axis spans at least, so that small differences look small."""
 _DODGE = 1.02
 """Factor between the places of two methods at one epsilon: their error bars stand side by side."""
 
@@ -85,4 +87,7 @@ def _panel(axis: Any, rows: Sequence[Row], labels: Sequence[str]) -> None:
     axis.set_xlabel("epsilon (dashed: without privacy)")
     axis.set_ylabel("accuracy on evaluation images, %")
     axis.grid(axis="y", lw=0.4, alpha=0.6)
-    axis.legend(frameon=False, loc="lower right")
+    low, high = axis.get_ylim()
+    missing = max(0.0, _LEAST_RANGE - (high - low))
+    axis.set_ylim(low - missing, high)
+    axis.legend(frameon=False, loc="best")
