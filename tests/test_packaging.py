@@ -24,3 +24,4 @@ def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
     ):
         assert needed in names
     assert any(name.endswith("LICENSE") for name in names)
+    assert any(name.endswith("data/share/dptaft/recipes/digits.toml") for name in names)
