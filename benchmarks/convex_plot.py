@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,21 @@ LINES = {"steps": "-", "learning rate": "--"}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Write the figure; every data set and scope with results gets a row of panels."""
-    rows = result["rows"]
-    found = list(dict.fromkeys((row["data"], row["scope"]) for row in rows))
-    figure, axes = plt.subplots(
-        len(found), 3, figsize=(12, 3.4 * len(found)), squeeze=False, layout="constrained"
-    )
-    for line, (data, scope) in zip(axes, found, strict=True):
-        mine = [row for row in rows if (row["data"], row["scope"]) == (data, scope)]
-        parts = {
-            part: [row for row in mine if row["part"] == part]
-            for part in ("accuracy", "sensitivity", "epochs")
-        }
-        _accuracy(line[0], parts["accuracy"], f"{data}, {scope}")
-        _sensitivity(line[1], parts["sensitivity"])
-        _epochs(line[2], parts["epochs"])
+    """Write the figure: a panel for every part of the study that was run on a data set and scope."""
+    panels: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        panels.setdefault((row["part"], row["data"], row["scope"]), []).append(row)
+    lines = math.ceil(len(panels) / 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(12, 3.4 * lines), squeeze=False, layout="constrained")
+    painters = {"accuracy": _accuracy, "sensitivity": _sensitivity, "epochs": _epochs}
+    order = sorted(panels, key=lambda key: list(painters).index(key[0]))
+    for axis, key in zip(axes.flat, order, strict=False):
+        part, data, scope = key
+        painters[part](axis, panels[key], f"{data}, {scope}")
+    for axis in axes.flat[len(order) :]:
+        axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 
@@ -58,7 +57,7 @@ def _accuracy(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:
     axis.legend(fontsize=8)
 
 
-def _sensitivity(axis: Axes, rows: list[dict[str, Any]]) -> None:
+def _sensitivity(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:
     for method in ("standard", "certified"):
         for varied, style in LINES.items():
             points = [row for row in rows if row["method"] == method and row["varied"] == varied]
@@ -72,20 +71,18 @@ def _sensitivity(axis: Axes, rows: list[dict[str, Any]]) -> None:
                 markersize=5,
                 label=f"{method}: {varied}",
             )
-    axis.set(title="epsilon 3", xlabel="factor on the default", ylabel="accuracy, %", xscale="log")
+    axis.set(title=f"{title}, epsilon 3", xlabel="factor on the default", ylabel="accuracy, %", xscale="log")
     axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend(fontsize=8)
+    axis.legend(fontsize=8)
 
 
-def _epochs(axis: Axes, rows: list[dict[str, Any]]) -> None:
+def _epochs(axis: Axes, rows: list[dict[str, Any]], title: str) -> None:
     for row in rows:
         points = row["points"]
         x = [point["epochs"] for point in points]
         axis.plot(x, [p["composition"] for p in points], color=COLOURS["standard"], label="composition")
         axis.plot(x, [p["last_iterate"] for p in points], color=COLOURS["certified"], label="last iterate")
         axis.axvline(row["planned_epochs"], color="grey", linestyle=":", label="planned")
-    axis.set(title="same noise, more epochs", xlabel="epochs", ylabel="epsilon", xscale="log", yscale="log")
+    axis.set(title=f"{title}, same noise", xlabel="epochs", ylabel="epsilon", xscale="log", yscale="log")
     axis.grid(alpha=0.3)
-    if rows:
-        axis.legend(fontsize=8)
+    axis.legend(fontsize=8)
