@@ -15,6 +15,9 @@ from torch import Tensor
 
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
 
+_DRAWS = 1 << 18
+"""Draws held at once; a multiple of what a source draws at once, so that its stream does not depend on it."""
+
 
 class Sampler(ABC):
     """Draws the batch of every step.
@@ -107,10 +110,11 @@ class Poisson(Sampler):
         return cls(num_examples, expected_batch_size / num_examples, source)
 
     def next_batch(self) -> Tensor:  # noqa: D102
-        draws = self._source.integers(self.num_examples)
-        if self._threshold == 2**63:
-            return torch.arange(self.num_examples)
-        return torch.nonzero(draws < self._threshold).squeeze(1)
+        chosen = []
+        for start in range(0, self.num_examples, _DRAWS):  # memory for the batch, not for all draws
+            draws = self._source.integers(min(_DRAWS, self.num_examples - start))
+            chosen.append(torch.nonzero(draws < self._threshold).squeeze(1) + start)
+        return torch.arange(self.num_examples) if self._threshold == 2**63 else torch.cat(chosen)
 
 
 class CyclicPartition(Sampler):
