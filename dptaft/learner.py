@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,10 +34,17 @@ FEATURE_BATCH = 128
 
 @dataclass(frozen=True)
 class Cached:
-    """Features of a split, and the SHA-256 of its pixels (private: it identifies the data)."""
+    """Features of a split, and the digest of its pixels (private: it identifies the data).
+
+    Attributes:
+        features: constants of every image.
+        digest: of the pixels of all images.
+        blocks: the digests of blocks that `digest` was made from.
+    """
 
     features: Features
     digest: str
+    blocks: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 class Learner:
@@ -127,12 +134,15 @@ class Learner:
     def features(self, split: Split, progress: Progress | None = None, label: str = "features") -> Cached:
         """Cached constants of all images of a split, on the device, in memory or in the feature cache."""
         cache, seen = self.performance.feature_cache, PixelDigest()
-        pixels = None if cache is None else _pixel_digest(split)
-        key = None if pixels is None else self._key(pixels)
+        if cache is not None:
+            for i in range(len(split)):
+                seen.add(split.pixels[i])
+        key = None if cache is None else self._key(seen.value())
         prepare = self.backbone.preprocessing
 
         def read(image: Tensor) -> Tensor:
-            seen.add(image)
+            if cache is None:
+                seen.add(image)
             return prepare(image)
 
         features = build_features(
@@ -145,7 +155,7 @@ class Learner:
             key=key,
             progress=None if progress is None else lambda done, total: progress(label, done, total),
         )
-        return Cached(features, seen.value() if pixels is None else pixels)
+        return Cached(features, seen.value(), seen.blocks())
 
     def _key(self, pixels: str) -> str:
         return feature_key(
@@ -234,23 +244,42 @@ def resolve_device(name: str) -> torch.device:
 
 
 class PixelDigest:
-    """SHA-256 over images in order."""
+    """Digest of images in order: SHA-256 of the SHA-256 digests of blocks of `FEATURE_BATCH` images.
+
+    Processes that hold whole blocks each can therefore find the digest of all images together.
+
+    >>> parts = PixelDigest(), PixelDigest()
+    >>> for i in range(FEATURE_BATCH + 1):
+    ...     parts[i // FEATURE_BATCH].add(torch.full((1, 1, 1), float(i)))
+    >>> whole = PixelDigest()
+    >>> for i in range(FEATURE_BATCH + 1):
+    ...     whole.add(torch.full((1, 1, 1), float(i)))
+    >>> whole.value() == digest_of_blocks([*parts[0].blocks(), *parts[1].blocks()])
+    True
+    """
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self._full: list[bytes] = []
+        self._block, self._count = hashlib.sha256(), 0
 
     def add(self, image: Tensor) -> None:
         """Take in the next image."""
-        self._digest.update(str(tuple(image.shape)).encode())
-        self._digest.update(image.contiguous().numpy().tobytes())
+        self._block.update(str(tuple(image.shape)).encode())
+        self._block.update(image.contiguous().numpy().tobytes())
+        self._count += 1
+        if self._count == FEATURE_BATCH:
+            self._full.append(self._block.digest())
+            self._block, self._count = hashlib.sha256(), 0
+
+    def blocks(self) -> tuple[bytes, ...]:
+        """Digests of the blocks so far; the last one may be shorter than the others."""
+        return (*self._full, self._block.digest()) if self._count else tuple(self._full)
 
     def value(self) -> str:
         """Hexadecimal digest of all images so far."""
-        return self._digest.hexdigest()
+        return digest_of_blocks(self.blocks())
 
 
-def _pixel_digest(split: Split) -> str:
-    seen = PixelDigest()
-    for i in range(len(split)):
-        seen.add(split.pixels[i])
-    return seen.value()
+def digest_of_blocks(blocks: Iterable[bytes]) -> str:
+    """Hexadecimal digest of images whose blocks have these digests."""
+    return hashlib.sha256(b"".join(blocks)).hexdigest()
