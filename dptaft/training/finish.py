@@ -48,10 +48,22 @@ def evaluate(
     """
     if data.evaluation is None or held_out is None:
         return []
-    logits, labels = learner.logits(held_out.features, weights), data.evaluation.labels
+    return scores(data, learner.logits(held_out.features, weights), held_out.features["finite"].cpu())
+
+
+def scores(data: ImageData, logits: Tensor, finite: Tensor) -> list[dict[str, Any]]:
+    """What `evaluate` says of given logits.
+
+    Args:
+        data: with an evaluation split.
+        logits: (n, C) of its images.
+        finite: (n,) bool, False for an image that could not be read.
+    """
+    if data.evaluation is None:
+        return []
+    labels = data.evaluation.labels
     if data.skips_corrupt:
-        kept = held_out.features["finite"].cpu()
-        logits, labels = logits[kept], labels[kept]
+        logits, labels = logits[finite], labels[finite]
     if not len(labels):
         return []
     return [

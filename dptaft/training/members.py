@@ -30,7 +30,8 @@ from dptaft.training.optimizers import member_parameters
 from dptaft.training.plan import PlanError, Request
 from dptaft.training.preparation import Prepared, build_learner, prepare
 from dptaft.training.sampling import FullBatch
-from dptaft.training.steps import RunState, Trained, require_finite_features, sources
+from dptaft.training.steps import RunState, Trained, require_finite_features
+from dptaft.training.sums import sources
 from dptaft.training.trainer import partial_folder
 
 MOST_BYTES = 1 << 30

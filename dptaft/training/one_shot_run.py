@@ -18,7 +18,8 @@ from dptaft.training.finish import evaluate, utility_of, warn_of_delta, write_fi
 from dptaft.training.one_shot import train_once
 from dptaft.training.plan import Request
 from dptaft.training.preparation import PreparedOneShot, prepare_one_shot
-from dptaft.training.steps import require_finite_features, sources
+from dptaft.training.steps import require_finite_features
+from dptaft.training.sums import sources
 
 
 def run_one_shot(

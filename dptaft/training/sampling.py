@@ -147,8 +147,42 @@ class CyclicPartition(Sampler):
         self._parts = [part.sort().values for part in torch.tensor_split(order, num_parts)]
         self._step = 0
 
+    def part_numbers(self) -> Tensor:
+        """The part (n,) int64 that each example is in; as secret as the partition."""
+        numbers = torch.empty(self.num_examples, dtype=torch.int64)
+        for number, part in enumerate(self._parts):
+            numbers[part] = number
+        return numbers
+
     def next_batch(self) -> Tensor:  # noqa: D102
         part = self._parts[self._step % self.num_parts]
+        self._step += 1
+        return part
+
+
+class GivenParts(Sampler):
+    """Some examples of a cyclic partition that another process has drawn over more of them.
+
+    Args:
+        part_numbers: (n,) int64, the part of each example here, from `CyclicPartition.part_numbers`.
+        num_parts: steps per epoch.
+
+    Example:
+        >>> sampler = GivenParts(torch.tensor([2, 0, 2]), 3)
+        >>> [sampler.next_batch().tolist() for _ in range(4)]
+        [[1], [], [0, 2], [1]]
+    """
+
+    kind = "cyclic-partition"
+    resumable = False
+
+    def __init__(self, part_numbers: Tensor, num_parts: int) -> None:
+        super().__init__(len(part_numbers))
+        self.sampling_rate = 1.0 / num_parts
+        self._numbers, self.num_parts, self._step = part_numbers, num_parts, 0
+
+    def next_batch(self) -> Tensor:  # noqa: D102
+        part = torch.nonzero(self._numbers == self._step % self.num_parts).squeeze(1)
         self._step += 1
         return part
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from dptaft.learner import Cached, Progress
 from dptaft.training.account import Account
 from dptaft.training.checkpoint import Checkpointer, GracefulStop, check_resumable, data_fingerprint
 from dptaft.training.clipping import ClippedSum, require_finite_start
-from dptaft.training.losses import LOSSES
-from dptaft.training.noise import InsecureSeededNoise, NoiseSource
 from dptaft.training.optimizers import IterateAverage, PrivateOptimizer, build_optimizer
-from dptaft.training.plan import Plan, PlanError, Request, plain
+from dptaft.training.plan import PlanError, Request, plain
 from dptaft.training.preparation import Prepared
-from dptaft.training.sampling import CyclicPartition, FullBatch, Poisson, Sampler
+from dptaft.training.sampling import Sampler
+from dptaft.training.sums import RecordSums, Source, StepSums, make_sampler, sources
 
 MOST_BLOCK_STEPS = 25
-Source = NoiseSource | InsecureSeededNoise
+
+
+Divide = Callable[[Prepared, Sampler], StepSums]
 
 
 class TrainingInterruptedError(RuntimeError):
@@ -38,22 +39,6 @@ class Trained:
     private: PrivateOptimizer
     executed: tuple[int, ...]
     completed: int
-
-
-def sources(request: Request) -> tuple[Source, Source]:
-    """Independent randomness for noise and for sampling."""
-    seed = request.privacy.insecure_seed
-    if seed is None:
-        return NoiseSource(), NoiseSource()
-    return InsecureSeededNoise(2 * seed), InsecureSeededNoise(2 * seed + 1)
-
-
-def _sampler(plan: Plan, num_records: int, source: Source) -> Sampler:
-    if plan.sampling.kind == "full-batch":
-        return FullBatch(num_records)
-    if plan.sampling.kind == "poisson":
-        return Poisson(num_records, plan.sampling.rate, source)
-    return CyclicPartition(num_records, plan.sampling.parts, source)
 
 
 class RunState:
@@ -189,6 +174,7 @@ def train_steps(
     partial: Path,
     account: Account,
     progress: Progress | None = None,
+    divide: Divide | None = None,
 ) -> Trained:
     """Run all steps that are left, each authorised by checkpoint and account before it touches the data.
 
@@ -200,6 +186,8 @@ def train_steps(
         partial: private folder of checkpoint and authorised steps.
         account: where the steps are charged.
         progress: called with (stage, done, total).
+        divide: makes sums over records of several processes, from the plan and the sampler of all records;
+            None sums over `cached`.
 
     Raises:
         PlanError: nothing to train on, a spent budget, or weights that diverged.
@@ -208,24 +196,18 @@ def train_steps(
     """
     learner, plan = prepared.learner, prepared.plan
     noise, choice = sources(request)
-    sampler = _sampler(plan, len(labels), choice)
+    sampler = make_sampler(plan, len(labels), choice)
     if partial.is_dir():
         check_resumable(sampler, noise)
-    require_finite_features(cached)
-    engine = learner.engine(
-        cached.features,
-        labels,
-        loss=LOSSES[request.model.loss](),
-        l2_clip_norm=prepared.l2_clip_norm,
-        adjacency=plan.adjacency,
+    sums = (
+        _own_sums(prepared, request, cached, labels, sampler) if divide is None else divide(prepared, sampler)
     )
     state = RunState(prepared, request, learner.parameters, cached, labels, partial, account, noise)
     try:
         with GracefulStop((signal.SIGTERM, signal.SIGINT)) as stop:
             while not state.finished:
                 state.authorise()
-                indices = sampler.next_batch()
-                state.take(engine.clipped_sum(learner.parameters, indices), len(indices))
+                state.take(*sums.next_sum(learner.parameters))
                 if progress is not None:
                     progress("training", state.done, plan.steps)
                 if stop.requested:
@@ -234,6 +216,21 @@ def train_steps(
         return state.trained()
     finally:
         state.close()
+
+
+def _own_sums(
+    prepared: Prepared, request: Request, cached: Cached, labels: Tensor, sampler: Sampler
+) -> RecordSums:
+    require_finite_features(cached)
+    return RecordSums(
+        prepared.learner,
+        cached.features,
+        labels,
+        sampler,
+        loss=request.model.loss,
+        l2_clip_norm=prepared.l2_clip_norm,
+        adjacency=prepared.plan.adjacency,
+    )
 
 
 def require_finite_features(cached: Cached) -> None:
