@@ -21,9 +21,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from dptaft.stored_features import StoredFeatures, StoredTensor
 from dptaft.tangent.operator import Features
 
-_FORMAT = 1
+_FORMAT = 2
+_GRAMS = "grams"
 _MANIFEST = "manifest.json"
 _BUILDING = ".building-"
 _TAG = "CACHEDIR.TAG"
@@ -65,8 +67,8 @@ def write_features(root: Path, key: str, parts: Iterable[Features], count: int) 
         ) from error
 
 
-def read_features(root: Path, key: str) -> Features:
-    """Open ``root/key`` memory-mapped, after checking every byte against the manifest.
+def read_features(root: Path, key: str) -> StoredFeatures:
+    """Open ``root/key`` on disk, after checking every byte against the manifest, a little at a time.
 
     Raises:
         FeatureCacheError: the entry is absent, incomplete or damaged; the message names the file.
@@ -74,10 +76,11 @@ def read_features(root: Path, key: str) -> Features:
     _check_key(key)
     entry = root / key
     manifest = _read_manifest(entry, key)
-    tensors = {}
+    files = {}
     for name, record in manifest["tensors"].items():
-        tensors[name] = _open_tensor(entry / f"{name}.bin", record)
-    return Features(tensors)
+        files[name] = _open_tensor(entry / f"{name}.bin", record)
+    grams = files.pop(_GRAMS, None)
+    return StoredFeatures(files, grams)
 
 
 def has_features(root: Path, key: str) -> bool:
@@ -143,12 +146,13 @@ def _write_tensors(folder: Path, parts: Iterable[Features], count: int) -> dict[
     written = 0
     with ExitStack() as opened:
         for part in parts:
+            tensors = dict(part.tensors) | ({} if part.grams is None else {_GRAMS: part.grams})
             if not files:
                 _check_space(folder, part.nbytes / len(part) * count)
-                for name, t in part.tensors.items():
+                for name, t in tensors.items():
                     files[name] = _TensorFile(opened.enter_context(_create(folder / f"{name}.bin")), t)
             for name, file in files.items():
-                file.append(part[name])
+                file.append(tensors[name])
             written += len(part)
         if written != count or count == 0:
             raise FeatureCacheError(
@@ -257,17 +261,16 @@ def _read_manifest(entry: Path, key: str) -> dict[str, Any]:
     return manifest
 
 
-def _open_tensor(path: Path, record: dict[str, Any]) -> Tensor:
-    dtype, shape = getattr(torch, record["dtype"]), record["shape"]
-    size = torch.Size(shape).numel()
+def _open_tensor(path: Path, record: dict[str, Any]) -> StoredTensor:
+    dtype, shape = getattr(torch, record["dtype"]), torch.Size(record["shape"])
     try:
-        complete = path.stat().st_size == size * dtype.itemsize
+        complete = path.stat().st_size == shape.numel() * dtype.itemsize
         intact = complete and _file_digest(path) == record["sha256"]
     except OSError as error:
         raise _damaged(path) from error
     if not intact:
         raise _damaged(path)
-    return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(shape)
+    return StoredTensor(path, dtype, shape)
 
 
 def _file_digest(path: Path) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "build_features",
     "feature_key",
     "gather",
+    "keeps_grams",
     "remove_cache",
     "tensors_digest",
 ]
@@ -45,9 +46,10 @@ def build_features(
     precision: str = "float32",
     cache: Path | None = None,
     key: str | None = None,
+    grams: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """Features of all images, in memory or memory-mapped from a cache folder.
+    """Features of all images, in memory or on disk in a cache folder.
 
     Images stream through the frozen part and the operator's ``extract`` one batch at a time. With
     ``cache``, the batches go to disk as they come, so that memory is bounded by one batch however many
@@ -66,6 +68,7 @@ def build_features(
         precision: ``float32`` (that of the weights), ``float16`` or ``bfloat16``.
         cache: folder for the features; None keeps them in memory.
         key: from :func:`feature_key`; required with ``cache``.
+        grams: keep the Grams of the operator with the features (see :func:`keeps_grams`).
         progress: called with (images done, ``count``) after every batch.
 
     Raises:
@@ -76,17 +79,29 @@ def build_features(
         raise ValueError(f"unknown feature precision {precision!r}; use {', '.join(_PRECISIONS)}")
     if (cache is None) != (key is None):
         raise FeatureCacheError("a feature cache needs both a folder and a key; pass both or neither")
-    parts = _parts(batches, count, model, operator, _PRECISIONS[precision], progress)
+    parts = _parts(batches, count, model, operator, _PRECISIONS[precision], grams, progress)
     if cache is None or key is None:
         return gather(parts, count)
     if has_features(cache, key):
         try:
-            return read_features(cache, key)
+            return read_features(cache, key).to(_device(model))
         except FeatureCacheError as error:
             _logger.warning("%s; rebuilding", error)
             discard_features(cache, key)
     write_features(cache, key, parts, count)
-    return read_features(cache, key)
+    return read_features(cache, key).to(_device(model))
+
+
+def keeps_grams(bytes_per_example: int, num_classes: int) -> bool:
+    """Whether Grams (8 C^2 bytes an example) are worth their place on disk: a quarter of the constants.
+
+    They save one backward pass over every example in every step. Where constants are smaller than that, as
+    pooled features are, the pass costs next to nothing.
+
+    >>> keeps_grams(605_184, num_classes=10), keeps_grams(3_072, num_classes=10)
+    (True, False)
+    """
+    return 8 * num_classes**2 <= bytes_per_example / 4
 
 
 def boundary_of(model: TangentModel, images: Tensor, precision: str = "float32") -> Tensor:
@@ -101,6 +116,7 @@ def feature_key(
     preprocessing: Mapping[str, object],
     data: str,
     precision: str = "float32",
+    grams: bool = False,
 ) -> str:
     """SHA-256 of all that features depend on: weights, architecture, cut, preprocessing, data, precision.
 
@@ -110,6 +126,7 @@ def feature_key(
         preprocessing: JSON-serialisable description of the image preprocessing.
         data: digest of the images in their order (:func:`tensors_digest`, or the source's own fingerprint).
         precision: as for :func:`build_features`.
+        grams: as for :func:`build_features`.
     """
     facts = {
         "operator": [operator.kind, getattr(operator, "layout", None)],
@@ -119,6 +136,7 @@ def feature_key(
         "preprocessing": preprocessing,
         "data": data,
         "precision": precision,
+        "grams": grams,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -136,6 +154,10 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode())
         digest.update(t.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _device(model: TangentModel) -> torch.device:
+    return next(model.base.parameters()).device
 
 
 def _state(model: TangentModel) -> dict[str, Tensor]:
@@ -159,11 +181,13 @@ def _parts(
     model: TangentModel,
     operator: TangentOperator,
     dtype: torch.dtype | None,
+    grams: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[Features]:
     done = 0
     for images in batches:
-        yield operator.extract(_rounded(model.boundary(images), dtype))
+        part = operator.extract(_rounded(model.boundary(images), dtype))
+        yield Features(part.tensors, operator.gram(part)) if grams else part
         done += len(images)
         if progress is not None:
             progress(done, count)

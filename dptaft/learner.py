@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from dptaft.backbones import Backbone, describe_preprocessing
 from dptaft.data import Split
-from dptaft.features import build_features, feature_key
+from dptaft.features import boundary_of, build_features, feature_key, keeps_grams
 from dptaft.tangent.bounded import BoundedOperator
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.cut import Above
@@ -92,6 +93,24 @@ class Learner:
         patches = getattr(self.backbone.model, "patch_embed", None)
         return getattr(patches, "num_patches", 1) if boundary.ndim == 4 else 1
 
+    @torch.no_grad()
+    def blank_features(self, count: int = 1) -> Features:
+        """Constants of blank images: their sizes are those of any image."""
+        size, channels = self.backbone.preprocessing.size, self.backbone.preprocessing.channels
+        images = torch.zeros(count, channels, size, size, device=self.device)
+        return self.operator.extract(boundary_of(self.tangent, images, self.config.feature_precision))
+
+    @cached_property
+    def bytes_per_record(self) -> int:
+        """Bytes of the cached constants of one image, without its Gram."""
+        return self.blank_features().nbytes
+
+    @property
+    def keeps_grams(self) -> bool:
+        """Whether Grams are kept with the features in a cache."""
+        used = self.engine_kind == "fused" and not self.config.is_one_shot
+        return used and keeps_grams(self.bytes_per_record, self.operator.num_classes)
+
     def _choose_engine(self) -> str:
         asked = self.performance.engine
         bounded = self.config.unit_jacobian or self.config.is_one_shot
@@ -153,6 +172,7 @@ class Learner:
             precision=self.config.feature_precision,
             cache=None if cache is None else Path(cache),
             key=key,
+            grams=key is not None and self.keeps_grams,
             progress=None if progress is None else lambda done, total: progress(label, done, total),
         )
         return Cached(features, seen.value(), seen.blocks())
@@ -164,6 +184,7 @@ class Learner:
             preprocessing=describe_preprocessing(self.backbone.preprocessing),
             data=pixels,
             precision=self.config.feature_precision,
+            grams=self.keeps_grams,
         )
 
     def engine(

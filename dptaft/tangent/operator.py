@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ class Features:
 
     Args:
         tensors: name -> tensor of shape (n, ...). The container is a view: it never copies at construction.
+        grams: K_i = J_i J_i^T of the operator that made the features, (n, C, C) in float64, where they are
+            kept with them.
+
+    Attributes:
+        in_memory: whether all of it is in memory (`dptaft.stored_features.StoredFeatures` is not).
 
     Raises:
         ValueError: no tensors, or tensors that disagree on n.
@@ -34,9 +39,12 @@ class Features:
     """
 
     tensors: Mapping[str, Tensor]
+    grams: Tensor | None = None
+    in_memory: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        lengths = {name: (t.shape[0] if t.ndim else None) for name, t in self.tensors.items()}
+        grams = {} if self.grams is None else {"grams": self.grams}
+        lengths = {name: (t.shape[0] if t.ndim else None) for name, t in (dict(self.tensors) | grams).items()}
         if len(set(lengths.values())) != 1 or None in lengths.values():
             raise ValueError(
                 f"every feature tensor needs the same leading example axis, got lengths {lengths}; "
@@ -53,22 +61,24 @@ class Features:
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors occupy."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        grams = 0 if self.grams is None else self.grams.nbytes
+        return sum(t.numel() * t.element_size() for t in self.tensors.values()) + grams
 
     def index(self, selection: slice | Tensor) -> Features:
         """The examples of a slice (a view) or of a vector of indices (a copy), in that order."""
-        return Features({name: t[selection] for name, t in self.tensors.items()})
+        grams = None if self.grams is None else self.grams[selection]
+        return Features({name: t[selection] for name, t in self.tensors.items()}, grams)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Features:
         """Move, or round the floating-point tensors; rounded features define another (still linear) model."""
         moved = {}
         for name, t in self.tensors.items():
             moved[name] = t.to(device=device, dtype=dtype if t.is_floating_point() else None)
-        return Features(moved)
+        return Features(moved, None if self.grams is None or dtype is not None else self.grams.to(device))
 
     @staticmethod
     def concat(parts: Sequence[Features]) -> Features:
-        """The examples of all parts in order.
+        """The examples of all parts in order, without Grams.
 
         Raises:
             ValueError: no parts, or parts with different tensor names.

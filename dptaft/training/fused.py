@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from dptaft.training.losses import Loss
 
 GRAM_BYTES = 1 << 30
-"""Grams are kept for the whole data set while they need at most this many bytes."""
+"""Grams of features in memory are kept for the whole data set while they need at most this many bytes."""
+_COMPARED = 1 << 20
 
 
 def check_labels(labels: Tensor, num_examples: int, num_classes: int) -> None:
@@ -46,6 +47,9 @@ def check_labels(labels: Tensor, num_examples: int, num_classes: int) -> None:
 
 def check_unique(indices: Tensor) -> None:
     """Raise ValueError where an example is named twice (it would count twice in the sum)."""
+    pieces = range(0, len(indices), _COMPARED)  # ascending numbers need no sorted copy of all of them
+    if all(bool((part[1:] > part[:-1]).all()) for part in (indices[i : i + _COMPARED + 1] for i in pieces)):
+        return
     if len(torch.unique(indices)) != len(indices):
         raise ValueError("a batch names the same example more than once; sample without replacement")
 
@@ -61,8 +65,9 @@ class FusedEngine:
         l2_clip_norm: clip norm of one example's gradient over all parameters jointly.
         centered: logits are J theta; otherwise the base model's logits are added.
         adjacency: relation for which the sums state their sensitivity.
-        norms: ``gram`` (constant C x C Grams, computed here once), ``factors`` (one more backward
-            pass per step) or ``auto`` (Grams while they need at most `GRAM_BYTES`).
+        norms: ``gram`` (constant C x C Grams: those kept with the features, else computed here once and
+            held in memory), ``factors`` (one more backward pass per step) or ``auto`` (Grams that are kept,
+            or need at most `GRAM_BYTES` for features that are in memory themselves).
         physical_batch_size: examples in memory at once; halved when memory runs out.
 
     Raises:
@@ -98,8 +103,10 @@ class FusedEngine:
         self.num_examples = len(features)
         self._features, self._labels = features, labels
         self._physical = PhysicalBatches(physical_batch_size)
+        self._kept_grams = norms != "factors" and features.grams is not None
         gram_bytes = 8 * len(features) * operator.num_classes**2
-        use_grams = norms == "gram" or (norms == "auto" and gram_bytes <= GRAM_BYTES)
+        small = features.in_memory and gram_bytes <= GRAM_BYTES
+        use_grams = not self._kept_grams and (norms == "gram" or (norms == "auto" and small))
         self._grams = self._compute_grams() if use_grams else None
         self._check_norms()
 
@@ -175,9 +182,10 @@ class FusedEngine:
         return self.operator.vjp(features, clipped), bad
 
     def _norms(self, features: Features, cotangents: Tensor, chosen: slice | Tensor) -> Tensor:
-        if self._grams is None:
+        grams = features.grams if self._kept_grams else self._grams
+        if grams is None:
             return self.operator.gradient_norms(features, cotangents)
-        return gram_norms(self._grams[chosen], cotangents)
+        return gram_norms(grams if self._kept_grams else grams[chosen], cotangents)
 
     def _compute_grams(self) -> Tensor:
         parts: list[Tensor] = []
