@@ -9,7 +9,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -53,7 +53,7 @@ def open_account(
     *,
     ledger: str | Path | None = "auto",
     part: Part | None = None,
-    content: str | None = None,
+    content: str | Callable[[], str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Account:
@@ -65,7 +65,7 @@ def open_account(
         output: folder of the run.
         ledger: ``auto`` for the project's ledger, a path, or None for none.
         part: (partition, part) where the run reads one part of a partition of the data.
-        content: digest of the whole data; None computes it from `data`.
+        content: digest of the whole data, or what finds it; None computes it from `data`.
         resume: continue the entry of the interrupted run.
         progress: called with (stage, done, total).
 
@@ -85,12 +85,12 @@ def open_account(
 
 
 def _refuse_budgeted(
-    path: Path | None, data: ImageData, content: str | None, progress: Progress | None
+    path: Path | None, data: ImageData, content: str | Callable[[], str] | None, progress: Progress | None
 ) -> None:
     if path is None or not path.exists():
         return
     ledger = Ledger(path)
-    name = ledger.find(content or content_digest(data.train, progress))
+    name = ledger.find(_found(content, data, progress))
     if name is not None and ledger.account(name).budget is not None:
         raise LedgerError(
             f"{name!r} has a budget in {path}, and a run without a privacy claim would break it; say "
@@ -118,6 +118,11 @@ def content_digest(split: Split, progress: Progress | None = None) -> str:
 
     Identifies private data: only its keyed fingerprint is ever stored.
     """
+    return content_of(record_digests(split, progress))
+
+
+def record_digests(split: Split, progress: Progress | None = None) -> list[bytes]:
+    """SHA-256 over label and pixels of every record, in order; as private as the records."""
     labels, records = split.labels.tolist(), []
     for i, label in enumerate(labels):
         pixels = split.pixels[i].contiguous()
@@ -126,7 +131,18 @@ def content_digest(split: Split, progress: Progress | None = None) -> str:
         records.append(record.digest())
         if progress is not None:
             progress("identifying the data", i + 1, len(labels))
+    return records
+
+
+def content_of(records: Iterable[bytes]) -> str:
+    """`content_digest` of records with these digests."""
     return hashlib.sha256(b"".join(sorted(records))).hexdigest()
+
+
+def _found(content: str | Callable[[], str] | None, data: ImageData, progress: Progress | None) -> str:
+    if callable(content):
+        return content()
+    return content or content_digest(data.train, progress)
 
 
 class LedgerAccount:
@@ -137,7 +153,7 @@ class LedgerAccount:
         data: records of the run; the first use of a content registers it under the name of the data.
         output: folder of the run; its partial folder remembers the entry.
         part: (partition, part) where the run reads one part of a partition; parts are charged in parallel.
-        content: digest of the whole data; None computes it from `data`.
+        content: digest of the whole data, or what finds it; None computes it from `data`.
         resume: continue the entry of the interrupted run.
         progress: called with (stage, done, total).
 
@@ -153,12 +169,12 @@ class LedgerAccount:
         output: Path,
         *,
         part: Part | None = None,
-        content: str | None = None,
+        content: str | Callable[[], str] | None = None,
         resume: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._path, self._data, self._output = path, data, output
-        self._part, self._content = part, content or ""
+        self._part, self._given, self._content = part, content, ""
         self._resume, self._progress = resume, progress
         self._ledger: Ledger | None = None
         self._entry: Entry | None = None
@@ -179,8 +195,7 @@ class LedgerAccount:
         self._ledger = ledger = (
             open_ledger(self._path) if pointer is None else _charged_ledger(self._path, pointer)
         )
-        if not self._content:
-            self._content = content_digest(self._data.train, self._progress)
+        self._content = _found(self._given, self._data, self._progress)
         cost = Cost.of(mechanism, plan.certificate, delta=plan.delta)
         if pointer is not None:
             if ledger.entry(pointer["entry"]).part != self._part:

@@ -48,13 +48,14 @@ def build_statement(
     utility: Mapping[str, Any],
     admin: Mapping[str, Any],
     certificate: ConvexityCertificate | None = None,
+    processes: int = 1,
 ) -> PrivacyStatement:
     """Account all executed steps and write down claim, mechanism and circumstances.
 
     `executed` numbers all steps that may have touched the data, repeated ones again; `completed` is how many
     of them the released weights contain; `private` is the optimiser that added the noise, `charged` what the
     account says. The published standard deviation is the least of all steps. `certificate` covers the
-    executed steps of a certified run.
+    executed steps of a certified run; `processes` is how many shared the records.
     """
     caveats = _caveats(data, request)
     if completed < plan.steps or len(executed) != plan.steps:
@@ -67,10 +68,10 @@ def build_statement(
         plan.delta,
         certificate=certificate,
         unit="one training record",
-        claim=_claim(data, request, plan, backbone, certificate),
+        claim=_claim(data, request, plan, backbone, certificate, processes),
         details=_details(request, plan, optimizer, private, executed),
         composition=_composition(request) | dict(charged),
-        implementation=_implementation(_sampling_source(plan)),
+        implementation=_implementation(_sampling_source(plan, processes)) | {"processes": processes},
         utility=utility,
         admin={**admin, "caveats": caveats + _unrecorded(charged)},
     )
@@ -124,6 +125,7 @@ def _claim(
     plan: Plan | OneShotPlan,
     backbone: Mapping[str, str],
     certificate: ConvexityCertificate | None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     not_protected = ["side channels: timing, memory, files on the training machine"]
     if data.evaluation is not None:
@@ -139,7 +141,7 @@ def _claim(
             f"number of classes: {len(data.classes)}",
         ],
         "data_accesses": data_accesses(data, request, tuned=bool(_chosen(request))),
-        "assumptions": assumptions(data, request, plan, backbone, certificate),
+        "assumptions": assumptions(data, request, plan, backbone, certificate, processes),
     }
 
 
@@ -234,9 +236,11 @@ def _composition(request: Request) -> dict[str, Any]:
     }
 
 
-def _sampling_source(plan: Plan) -> str:
+def _sampling_source(plan: Plan, processes: int) -> str:
     if plan.sampling.kind == "full-batch":
         return "none: every record in every step"
+    if plan.sampling.kind == "poisson" and processes > 1:
+        return f"{NoiseSource.description}; another key in each of {processes} processes"
     return NoiseSource.description
 
 

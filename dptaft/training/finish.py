@@ -91,7 +91,11 @@ def write_run(
 
     `charged` is what the account says; `sections` are further tables of the configuration.
     """
-    tables = {"optimizer": plain(prepared.optimizer), **(sections or {})}
+    tables: dict[str, Mapping[str, Any]] = {
+        "optimizer": plain(prepared.optimizer),
+        "processes": {"count": trained.processes},
+        **(sections or {}),
+    }
     found = write_files(folder, name, data, request, prepared, trained.weights, metrics, tables)
     if found.no_claim:
         return
@@ -108,6 +112,7 @@ def write_run(
         utility=utility_of(metrics),
         admin=found.admin,
         certificate=prepared.spending(trained.executed).certificate,
+        processes=trained.processes,
     )
     write_statement(folder, statement)
 

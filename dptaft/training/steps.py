@@ -33,12 +33,16 @@ class TrainingInterruptedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Trained:
-    """Released weights, the optimiser that made them, and all steps that may have touched the data."""
+    """Released weights, the optimiser that made them, and all steps that may have touched the data.
+
+    `processes` is how many of them shared the records at the end.
+    """
 
     weights: Mapping[str, Tensor]
     private: PrivateOptimizer
     executed: tuple[int, ...]
     completed: int
+    processes: int = 1
 
 
 class RunState:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dptaft.data import ImageData
 from dptaft.learner import Cached, Progress
 from dptaft.runs import Run, check_output, load_run, new_run
 from dptaft.training.account import Account
-from dptaft.training.finish import evaluate, warn_of_delta, write_run
+from dptaft.training.finish import evaluate, scores, warn_of_delta, write_run
 from dptaft.training.one_shot_run import run_one_shot
 from dptaft.training.plan import PlanError, Request
 from dptaft.training.preparation import Prepared, prepare
 from dptaft.training.steps import train_steps
+
+if TYPE_CHECKING:
+    from dptaft.distributed.team import Team
 
 
 def partial_folder(output: Path) -> Path:
@@ -31,11 +35,21 @@ def run_training(
     account: Account,
     resume: bool = False,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> Run:
     """Train as requested and write the run to `output`.
 
     While it trains, a private folder ``<output>.partial`` holds what is needed to resume and the account of
     all steps that may have touched the data.
+
+    Args:
+        data: the records.
+        request: what was asked for.
+        output: folder of the run.
+        account: where the privacy is charged.
+        resume: continue the interrupted run of that folder.
+        progress: called with (stage, done, total).
+        team: the processes that share the records; None for this process alone.
 
     Raises:
         ValueError: a request that cannot be met (PlanError, DataError, BackboneError, RunError, ResumeError).
@@ -51,16 +65,18 @@ def run_training(
             return run_one_shot(data, request, output, account=account, progress=progress)
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # where the account kept the name of its entry
-    prepared = prepare(data, request)
+    prepared = prepare(data, request, None if team is None else team.build())
 
     def features() -> tuple[Cached, Cached | None]:
+        if team is not None:
+            return team.features(progress)
         cached = prepared.learner.features(data.train, progress, "reading images")
         if data.evaluation is None:
             return cached, None
         return cached, prepared.learner.features(data.evaluation, progress, "reading evaluation")
 
     return train_prepared(
-        prepared, data, request, output, partial, features, account=account, progress=progress
+        prepared, data, request, output, partial, features, account=account, progress=progress, team=team
     )
 
 
@@ -94,6 +110,7 @@ def train_prepared(
     account: Account,
     progress: Progress | None = None,
     sections: Mapping[str, Mapping[str, Any]] | None = None,
+    team: Team | None = None,
 ) -> Run:
     """Reserve, read, train, commit and write: all of a run that touches private data, in this order.
 
@@ -107,6 +124,7 @@ def train_prepared(
         account: where the privacy is charged.
         progress: called with (stage, done, total).
         sections: further tables of the run's configuration.
+        team: the processes that share the records; None for this process alone.
 
     Raises:
         ValueError: as for `run_training`.
@@ -116,8 +134,13 @@ def train_prepared(
     try:
         account.reserve(prepared.spending())
         cached, held_out = features()
-        trained = train_steps(prepared, request, cached, data.train.labels, partial, account, progress)
-        metrics = evaluate(prepared.learner, data, held_out, trained.weights)
+        labels, divide = data.train.labels, None if team is None else team.divide
+        trained = train_steps(prepared, request, cached, labels, partial, account, progress, divide)
+        if team is None:
+            metrics = evaluate(prepared.learner, data, held_out, trained.weights)
+        else:
+            trained = replace(trained, processes=team.size)
+            metrics = [] if held_out is None else scores(data, *team.logits(trained.weights))
         charged = account.commit(prepared.spending(trained.executed))
         with new_run(output) as folder:
             write_run(folder, output.name, data, request, prepared, trained, metrics, charged, sections)

@@ -57,9 +57,22 @@ def assumptions(
     plan: Plan | OneShotPlan,
     backbone: Mapping[str, str],
     certificate: ConvexityCertificate | None = None,
+    processes: int = 1,
 ) -> list[dict[str, str]]:
-    """Everything the claim rests on, with who vouches for it and where to look."""
+    """Everything the claim rests on, with who vouches for it and where to look.
+
+    Several processes rest on more: sums travel between them before they are noised.
+    """
     found = _of_one_shot(plan) if isinstance(plan, OneShotPlan) else _of_steps(plan, certificate)
+    if processes > 1:
+        found += [
+            ("every record is in the sums of one process only", _BY_CODE, "dptaft/distributed/blocks.py"),
+            (
+                f"what the {processes} processes send each other, sums without noise among it, stays secret",
+                _BY_NOBODY,
+                "the network",
+            ),
+        ]
     if request.privacy.adjacency == "add-remove":
         found.append(("the public number of records does not come from the data", _BY_USER, "--public-size"))
     if data.classes_are_public and not data.is_public:
