@@ -193,7 +193,7 @@ class PhysicalBatches:
             try:
                 piece(start, stop)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or stop - start == 1:
+                if not is_out_of_memory(error) or stop - start == 1:
                     raise
                 self.size = (stop - start) // 2
                 if torch.cuda.is_available():
@@ -202,7 +202,8 @@ class PhysicalBatches:
             start = stop
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
