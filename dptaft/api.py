@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,9 @@ def train(
     progress: Progress | None = None,
 ) -> Run:
     """Train privately and return the finished run.
+
+    Where a launcher such as torchrun started several processes, and all of them make this call, they share
+    the records (docs/parallel.md); the first one writes the run, and all return it.
 
     Args:
         data: name or path for `dptaft.load_data`, or images that are loaded already.
@@ -137,16 +140,34 @@ def train(
     )
     from dptaft.budgeting import open_account
     from dptaft.data import load_data
-    from dptaft.training.trainer import run_training
+    from dptaft.distributed import launched
 
     options = {"classes": classes, "public": public_data, "skip_corrupt": skip_corrupt}
-    images = load_data(data, **options) if isinstance(data, str) else data
-    images.check_adjacency(adjacency)
-    target = Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
-    if ledger is None or isinstance(ledger, str | Path):
-        account = open_account(images, request, target, ledger=ledger, resume=resume, progress=progress)
-    else:
-        account = ledger
+
+    def load() -> ImageData:
+        images = load_data(data, **options) if isinstance(data, str) else data
+        images.check_adjacency(adjacency)
+        return images
+
+    def named(images: ImageData) -> Path:
+        return Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
+
+    def charged(images: ImageData, target: Path, content: Callable[[], str] | None = None) -> Account:
+        if ledger is not None and not isinstance(ledger, str | Path):
+            return ledger
+        common = {"ledger": ledger, "content": content, "resume": resume, "progress": progress}
+        return open_account(images, request, target, **common)
+
+    place = launched()
+    if place is not None:
+        from dptaft.distributed.run import train_together
+
+        return train_together(place, load, request, named, charged, resume=resume, progress=progress)
+    from dptaft.training.trainer import run_training
+
+    images = load()
+    target = named(images)
+    account = charged(images, target)
     run = run_training(images, request, target, account=account, resume=resume, progress=progress)
     images.warn_unreadable()
     return run

@@ -45,6 +45,28 @@ class Commands(click.Group):
         module, attribute = _COMMANDS[name]
         return getattr(importlib.import_module(module), attribute)
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run as a program; of several processes that a launcher started, only the first one speaks."""
+        from dptaft.distributed import launched
+
+        place = launched()
+        if place is None or place.is_first:
+            return super().main(*args, **options)
+        from dptaft.cli.follow import follow
+
+        return follow(lambda: super(Commands, self).main(*args, **{**options, "standalone_mode": False}))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Only training is divided between processes."""
+        found = super().resolve_command(ctx, args)
+        if found[0] != "train":
+            from dptaft.distributed import require_one_process
+
+            require_one_process(f"dptaft {found[0]}")
+        return found
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; bad input, a full disk and an interrupt end without a traceback."""
         with warnings.catch_warnings():

@@ -171,6 +171,7 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--resume needs the --output of the interrupted run")
     import dptaft
     from dptaft.cli.progress import Bars
+    from dptaft.distributed.ranks import RankLostError
     from dptaft.training.steps import TrainingInterruptedError
 
     given = {name: options.pop(name) for name in _OPTIMIZER_FIELDS}
@@ -182,13 +183,18 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
             common = {"classes": names, "progress": bars}
             if any(value is not None for value in shards.values()):
                 from dptaft.cli.shards import train_parts
+                from dptaft.distributed import require_one_process
 
+                require_one_process("training of shards")
                 click.echo(train_parts(shards, optimizer, as_json=as_json, **common, **options))
                 return
             run = dptaft.train(optimizer=optimizer, **common, **options)
     except TrainingInterruptedError as stop:
         click.echo(str(stop), err=True)
         raise SystemExit(130) from None
+    except RankLostError as lost:
+        click.echo(str(lost), err=True)
+        raise SystemExit(1) from None
     click.echo(json.dumps(summary(run), indent=2) if as_json else table(run))
 
 

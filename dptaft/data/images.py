@@ -148,10 +148,16 @@ class ImageData:
                 "evaluation (every fifth is held out); give evaluation images of their own, or use zero-out"
             )
 
-    def warn_unreadable(self) -> None:
-        """Tell the owner how many images were skipped; a private number, never part of a run."""
-        train = len(self.train.unreadable)
-        held = 0 if self.evaluation is None else len(self.evaluation.unreadable)
+    def warn_unreadable(self, counts: tuple[int, int] | None = None) -> None:
+        """Tell the owner how many images were skipped; a private number, never part of a run.
+
+        Args:
+            counts: of training and evaluation images, where other processes have read some of them.
+        """
+        train, held = counts or (
+            len(self.train.unreadable),
+            0 if self.evaluation is None else len(self.evaluation.unreadable),
+        )
         if train or held:
             warnings.warn(
                 f"{train} of {len(self.train)} training images and {held} evaluation images of {self.name} "

@@ -1,0 +1,232 @@
+"""One process's share of a divided run: its records, their features, and its part of every sum.
+
+Every process has a `Share` and calls the same methods in the same order. The first one decides which
+(`dptaft.distributed.team`), and gets the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dptaft.budgeting import content_of, record_digests
+from dptaft.data import ImageData, Split
+from dptaft.distributed.blocks import own_part, own_range
+from dptaft.distributed.ranks import Ranks, flattened, unflattened
+from dptaft.features import tensors_digest
+from dptaft.learner import Cached, Learner, Progress, digest_of_blocks
+from dptaft.training.checkpoint import data_fingerprint
+from dptaft.training.clipping import Adjacency, ClippedSum
+from dptaft.training.plan import PlanError, Request, Sampling
+from dptaft.training.preparation import build_learner
+from dptaft.training.sampling import CyclicPartition, GivenParts, Sampler
+from dptaft.training.sums import RecordSums, make_sampler, sources
+
+_DIGEST_BYTES = 32
+
+
+class Share:
+    """What one process does for a run that several share.
+
+    Args:
+        ranks: the processes.
+        data: all records; images of others are never read.
+        request: what the run was asked for, with the device of this process.
+
+    Formal guarantees:
+        Every record belongs to one process (`own_range`), so that the sums of all processes together have
+        one vector per drawn record: zeroing, adding, removing or replacing a record changes the sum of one
+        process alone, by at most the sensitivity of that sum, which is therefore that of the total.
+        In Poisson sampling each process draws for its own records, with randomness from its own operating
+        system: inclusions are independent at the accounted rate, as in a draw over all records, and the size
+        of the whole batch has the binomial distribution from which a certificate pays for batches above its
+        largest one; no process has a limit of its own. A cyclic partition is drawn once, over all records, by
+        the first process. No process but the first adds noise: once, after the sums have met.
+    """
+
+    def __init__(self, ranks: Ranks, data: ImageData, request: Request) -> None:
+        self._ranks, self._data, self._request = ranks, data, request
+        self._train = own_part(data.train, ranks.rank, ranks.world_size)
+        self._held_out: Split | None = None
+        if data.evaluation is not None:
+            self._held_out = own_part(data.evaluation, ranks.rank, ranks.world_size)
+        self._features: Cached | None = None
+        self._held_features: Cached | None = None
+        self._sums: RecordSums | None = None
+
+    def build(self) -> Learner:
+        """The model, on every process, with the same weights and for the same records.
+
+        Raises:
+            PlanError: the processes were given different data or different models.
+        """
+        self.learner = self._ranks.agree(lambda: build_learner(self._data, self._request))
+        weights = self.learner.backbone.model.state_dict()
+        mine = {
+            "model and head": [tensors_digest(weights), repr(self._request.model)],
+            "labels": data_fingerprint([self._data.train.labels]),
+            "classes": list(self._data.classes),
+            "privacy settings": repr(self._request.privacy),
+        }
+        first = self._ranks.broadcast(mine)
+        self._ranks.agree(lambda: _require_equal(first, mine, self._ranks.rank))
+        return self.learner
+
+    def content(self, progress: Progress | None = None) -> str:
+        """Digest of all records for the ledger (empty on other processes than the first)."""
+        own = self._ranks.agree(lambda: record_digests(self._train, progress))
+        rows = self._ranks.collect(_rows(own))
+        return content_of(_bytes(rows)) if self._ranks.is_first else ""
+
+    def features(self, progress: Progress | None = None) -> tuple[Cached | None, Cached | None]:
+        """Read the images of this process, training and evaluation; None where it has none.
+
+        On the first process, which always has records, the digest is that of all of them.
+
+        Raises:
+            PlanError: no image of any process has finite features.
+        """
+        self._features, self._held_features = self._ranks.agree(lambda: self._read(progress))
+        own = self._features
+        finite = torch.tensor([0 if own is None else int(own.features["finite"].sum())])
+        self._ranks.sum_to_first(finite)
+        self._ranks.agree(lambda: self._require_some(int(finite)))
+        blocks = _bytes(self._ranks.collect(_rows(() if own is None else own.blocks)))
+        if own is None:
+            return None, self._held_features
+        return Cached(own.features, digest_of_blocks(blocks)), self._held_features
+
+    def _read(self, progress: Progress | None) -> tuple[Cached | None, Cached | None]:
+        own = _features(self.learner, self._train, progress, "reading images")
+        if self._held_out is None:
+            return own, None
+        return own, _features(self.learner, self._held_out, progress, "reading evaluation")
+
+    def _require_some(self, finite: int) -> None:
+        if self._ranks.is_first and not finite:
+            raise PlanError("no image has finite features; check the images and the backbone's weights")
+
+    def begin(
+        self, sampling: Sampling, l2_clip_norm: float, adjacency: Adjacency, whole: Sampler | None = None
+    ) -> None:
+        """Get ready for steps.
+
+        Args:
+            sampling: of the plan.
+            l2_clip_norm: of one record's gradient.
+            adjacency: of the claim.
+            whole: on the first process the sampler over all records, whose partition it deals.
+        """
+        sampler = self._sampler(sampling, whole)
+
+        def make() -> None:
+            if sampler is not None and self._features is not None:
+                self._sums = RecordSums(
+                    self.learner,
+                    self._features.features,
+                    self._train.labels,
+                    sampler,
+                    loss=self._request.model.loss,
+                    l2_clip_norm=l2_clip_norm,
+                    adjacency=adjacency,
+                )
+
+        self._ranks.agree(make)
+        self._clip, self._adjacency = l2_clip_norm, adjacency
+
+    def _sampler(self, sampling: Sampling, whole: Sampler | None) -> Sampler | None:
+        """Draws among the records of this process; None where it has none."""
+        if sampling.kind != "cyclic-partition":
+            _, choice = sources(self._request, self._ranks.rank)
+            return make_sampler(sampling, len(self._train), choice) if len(self._train) else None
+        mine, parts = torch.empty(len(self._train), dtype=torch.int64), None
+        if isinstance(whole, CyclicPartition):
+            numbers, size = whole.part_numbers(), self._ranks.world_size
+            owned = [own_range(len(numbers), rank, size) for rank in range(size)]
+            parts = [numbers[own.start : own.stop] for own in owned]
+        self._ranks.deal(parts, mine)
+        return GivenParts(mine, sampling.parts) if len(mine) else None
+
+    def step(self) -> tuple[ClippedSum, int]:
+        """The clipped sum at the first process's weights, and the batch size; on others their own part."""
+        parameters = self.learner.parameters
+        self._share_weights(parameters)
+        clipped, size = self._ranks.agree(self._own_sum)
+        names = list(parameters)
+        counts = torch.tensor([size, clipped.num_nonfinite], device=self.learner.device)
+        flat = flattened([*(clipped.value[name] for name in names), counts], torch.float64)
+        self._ranks.sum_to_first(flat)
+        total = dict(zip(names, unflattened(flat, [parameters[name].shape for name in names]), strict=True))
+        size, bad = (int(count) for count in flat[-2:])
+        return ClippedSum(total, self._clip, self._adjacency, num_nonfinite=bad), size
+
+    def _own_sum(self) -> tuple[ClippedSum, int]:
+        if self._sums is not None:
+            return self._sums.next_sum(self.learner.parameters)
+        zeros = {
+            name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.learner.parameters.items()
+        }
+        return ClippedSum(zeros, self._clip, self._adjacency), 0
+
+    @torch.no_grad()
+    def _share_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Overwrite weights with those of the first process."""
+        flat = flattened(list(weights.values()))
+        self._ranks.broadcast_tensor(flat)
+        if not self._ranks.is_first:
+            parts = unflattened(flat, [weight.shape for weight in weights.values()])
+            for weight, part in zip(weights.values(), parts, strict=True):
+                weight.copy_(part)
+
+    def logits(self, dtype: str, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of all evaluation images at the first process's weights, and which images are finite.
+
+        Args:
+            dtype: of the weights.
+            weights: on the first process.
+        """
+        if weights is None:
+            kind = getattr(torch, dtype)
+            weights = {name: torch.empty_like(p, dtype=kind) for name, p in self.learner.parameters.items()}
+        self._share_weights(weights)
+        logits, finite = self._ranks.agree(lambda: self._own_logits(weights))
+        return self._ranks.collect(logits), self._ranks.collect(finite).bool()
+
+    def _own_logits(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        held, classes = self._held_features, len(self._data.classes)
+        if held is None:
+            return torch.empty(0, classes), torch.empty(0, dtype=torch.uint8)
+        return self.learner.logits(held.features, weights), held.features["finite"].to(torch.uint8)
+
+    def unreadable(self) -> tuple[int, int]:
+        """How many images could not be read: of the records, and of the evaluation images (private)."""
+        held = 0 if self._held_out is None else len(self._held_out.unreadable)
+        counts = torch.tensor([len(self._train.unreadable), held])
+        self._ranks.sum_to_first(counts)
+        return int(counts[0]), int(counts[1])
+
+
+def _features(learner: Learner, split: Split, progress: Progress | None, label: str) -> Cached | None:
+    return learner.features(split, progress, label) if len(split) else None
+
+
+def _rows(digests: Sequence[bytes]) -> Tensor:
+    """Digests as rows (n, 32) of bytes."""
+    if not digests:
+        return torch.empty(0, _DIGEST_BYTES, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, _DIGEST_BYTES)
+
+
+def _bytes(rows: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in rows.numpy()]
+
+
+def _require_equal(first: Mapping[str, object], own: Mapping[str, object], rank: int) -> None:
+    for name, value in first.items():
+        if own[name] != value:
+            raise PlanError(
+                f"process {rank} has other {name} than the first one; give all processes the same command "
+                "and the same files"
+            )
