@@ -188,15 +188,18 @@ class FusedEngine:
         return gram_norms(grams if self._kept_grams else grams[chosen], cotangents)
 
     def _compute_grams(self) -> Tensor:
-        parts: list[Tensor] = []
+        grams = torch.empty(0)
+
+        def piece(start: int, stop: int) -> None:
+            nonlocal grams
+            part = self.operator.gram(self._features.index(slice(start, stop)))
+            if start == 0:  # once for all: parts and their concatenation would take twice the memory
+                grams = part.new_empty(self.num_examples, *part.shape[1:])
+            grams[start:stop] = part
+
         with torch.no_grad():
-            self._physical.run(
-                self.num_examples,
-                lambda start, stop: parts.append(
-                    self.operator.gram(self._features.index(slice(start, stop)))
-                ),
-            )
-        return torch.cat(parts) if parts else torch.empty(0)
+            self._physical.run(self.num_examples, piece)
+        return grams
 
     @torch.no_grad()
     def _check_norms(self) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dptaft.data import ImageData, Split
+from dptaft.estimate_room import require_memory
 from dptaft.learner import Cached, Learner, Progress
 from dptaft.runs import Run, check_output, load_run, new_run
 from dptaft.training.account import Account
@@ -150,6 +151,7 @@ def _member(data: ImageData, point: Point, learner: Learner) -> Member:
     prepared = point.prepared or prepare(data, point.request, learner)
     if not can_share_steps(prepared):
         raise PlanError("only full-batch runs of tangent models with the fused engine share steps")
+    require_memory(learner, data)
     point.account.reserve(prepared.spending())
     return Member(point, prepared)
 

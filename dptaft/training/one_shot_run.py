@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dptaft.data import ImageData
+from dptaft.estimate_room import require_memory
 from dptaft.learner import Cached, Progress
 from dptaft.runs import Run, load_run, new_run, write_statement
 from dptaft.tangent.diameter import double_operator
@@ -41,6 +42,7 @@ def run_one_shot(
     plan, learner = prepared.plan, prepared.learner
     warn_of_delta(plan.delta, data, request)
     try:
+        require_memory(learner, data)
         account.reserve(prepared.spending())
         cached = learner.features(data.train, progress, "reading images")
         held_out = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dptaft.data import ImageData
+from dptaft.estimate_room import require_memory
 from dptaft.learner import Cached, Progress
 from dptaft.runs import Run, check_output, load_run, new_run
 from dptaft.training.account import Account
@@ -132,6 +133,7 @@ def train_prepared(
     """
     warn_of_delta(prepared.plan.delta, data, request)
     try:
+        require_memory(prepared.learner, data)
         account.reserve(prepared.spending())
         cached, held_out = features()
         labels, divide = data.train.labels, None if team is None else team.divide
