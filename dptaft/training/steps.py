@@ -200,7 +200,7 @@ def train_steps(
     """
     learner, plan = prepared.learner, prepared.plan
     noise, choice = sources(request)
-    sampler = make_sampler(plan, len(labels), choice)
+    sampler = make_sampler(plan.sampling, len(labels), choice)
     if partial.is_dir():
         check_resumable(sampler, noise)
     sums = (

@@ -12,7 +12,7 @@ from dptaft.tangent.operator import Features
 from dptaft.training.clipping import Adjacency, ClippedSum
 from dptaft.training.losses import LOSSES
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
-from dptaft.training.plan import Plan, Request
+from dptaft.training.plan import Request, Sampling
 from dptaft.training.sampling import CyclicPartition, FullBatch, Poisson, Sampler
 
 Source = NoiseSource | InsecureSeededNoise
@@ -76,10 +76,10 @@ def sources(request: Request, process: int = 0) -> tuple[Source, Source]:
     return InsecureSeededNoise(2 * seed + offset), InsecureSeededNoise(2 * seed + 1 + offset)
 
 
-def make_sampler(plan: Plan, num_records: int, source: Source) -> Sampler:
-    """The sampler of a plan over all records of a run, or the records of one process."""
-    if plan.sampling.kind == "full-batch":
+def make_sampler(sampling: Sampling, num_records: int, source: Source) -> Sampler:
+    """The sampler of a plan over all records of a run, or over the records of one process."""
+    if sampling.kind == "full-batch":
         return FullBatch(num_records)
-    if plan.sampling.kind == "poisson":
-        return Poisson(num_records, plan.sampling.rate, source)
-    return CyclicPartition(num_records, plan.sampling.parts, source)
+    if sampling.kind == "poisson":
+        return Poisson(num_records, sampling.rate, source)
+    return CyclicPartition(num_records, sampling.parts, source)
