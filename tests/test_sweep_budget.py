@@ -17,13 +17,14 @@ import tomli_w
 from builders import small_images
 from sweeping import HEAD, recipe
 
+from dptaft.prepaid import PaymentError, PrepaidAccount, charge
 from dptaft.runs import load_run
 from dptaft.sweep import select
 from dptaft.sweep.points import expand
 from dptaft.sweep.recipe import Candidates, RecipeError
 from dptaft.sweep.runner import RUNS, run_sweep
 from dptaft.sweep.select import WINNER, distribution_gamma, draw_count, plan_choice, run_selection
-from dptaft.sweep.treatment import SweepAccount, charge, compose
+from dptaft.sweep.treatment import compose
 from dptaft.sweep.write import write_results
 from dptaft.training.account import Spending
 from dptaft.training.noise import NoiseSource
@@ -113,11 +114,11 @@ def test_a_budget_that_is_too_small_stops_the_sweep_before_it_trains(tmp_path, p
 @pytest.mark.parametrize("moment", ["reserve", "pointer", "authorise", "commit"])
 def test_a_crash_at_any_moment_of_the_charge_leads_to_one_charge(tmp_path, monkeypatch, moment):
     """Dying before or after each durable step, then starting again: charged once, never twice."""
+    from dptaft import prepaid
     from dptaft.data import load_data
-    from dptaft.sweep import treatment
 
     data, whole = load_data("digits"), compose([Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5)] * 3)
-    given = (whole, data, tmp_path / "ledger.sqlite", tmp_path / "pointer.json", "sweep")
+    given = (whole.bill(data, "sweep"), tmp_path / "ledger.sqlite", tmp_path / "pointer.json")
 
     class CrashError(Exception):
         pass
@@ -131,7 +132,7 @@ def test_a_crash_at_any_moment_of_the_charge_leads_to_one_charge(tmp_path, monke
 
         monkeypatch.setattr(owner, name, dying)
 
-    crash_after(*((treatment, "write_atomically") if moment == "pointer" else (Ledger, moment)))
+    crash_after(*((prepaid, "write_atomically") if moment == "pointer" else (Ledger, moment)))
     with pytest.raises(CrashError):
         charge(*given)
     monkeypatch.undo()
@@ -150,25 +151,25 @@ def test_a_sweep_whose_data_changed_is_refused(tmp_path):
     from builders import small_data
 
     whole = compose([Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5)])
-    places = (tmp_path / "ledger.sqlite", tmp_path / "pointer.json", "sweep")
+    places = (tmp_path / "ledger.sqlite", tmp_path / "pointer.json")
     data = small_data()
-    charge(whole, data, *places)
+    charge(whole.bill(data, "sweep"), *places)
     fewer = replace(data, train=data.train.take(range(59)))
-    with pytest.raises(RecipeError, match="holds other records now; restore them"):
-        charge(whole, fewer, *places)
-    charge(whole, data, *places)
+    with pytest.raises(PaymentError, match="holds other records now; restore them"):
+        charge(whole.bill(fewer, "sweep"), *places)
+    charge(whole.bill(data, "sweep"), *places)
 
 
 def test_a_finished_point_continues_from_its_partial_folder_alone(tmp_path):
     spending = Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5)
     partial = tmp_path / "runs" / "point.partial"
     partial.mkdir(parents=True)
-    account = SweepAccount({}, spending, tmp_path / "finished" / "point", partial)
+    account = PrepaidAccount({}, spending, tmp_path / "finished" / "point", partial)
     for _ in range(2):  # stopped between its commit and its run folder
         account.reserve(spending)
         account.commit(spending)
     partial.rmdir()
-    with pytest.raises(RecipeError, match="bring the folder back, or start a new sweep"):
+    with pytest.raises(PaymentError, match="bring the folder back, or start anew"):
         account.reserve(spending)
 
 
@@ -182,11 +183,11 @@ def test_composition_is_that_of_the_parts_and_points_without_noise_are_refused()
 
 
 def test_a_point_cannot_spend_more_than_was_paid():
-    account = SweepAccount({"a": 1}, Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5))
+    account = PrepaidAccount({"a": 1}, Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5))
     account.authorise(Spending(FullBatchGaussian(5.0, steps=3), None, 1e-5))
     assert account.commit(Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5)) == {"a": 1}
     for more in (FullBatchGaussian(5.0, steps=5), FullBatchGaussian(4.9, steps=4)):
-        with pytest.raises(RecipeError, match="more than was charged"):
+        with pytest.raises(PaymentError, match="more than was charged"):
             account.authorise(Spending(more, None, 1e-5))
 
 

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dptaft.cli.backend import backend_options, chosen_backend
+
 if TYPE_CHECKING:
+    from dptaft.backends import BackendConfig
     from dptaft.sweep.points import SweepPoint
     from dptaft.sweep.recipe import Recipe
     from dptaft.sweep.work import Outcome
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change an entry, such as seeds=[0]."
 )
-@click.option("--jobs", type=int, default=1, show_default=True, help="Processes that train at the same time.")
+@backend_options
 @click.option("--dry-run", is_flag=True, help="Check the recipe and show its points; train nothing.")
 @click.option(
     "--output",
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def sweep(
-    recipe: str, overrides: Sequence[str], jobs: int, dry_run: bool, output: Path | None, as_json: bool
+    recipe: str, overrides: Sequence[str], dry_run: bool, output: Path | None, as_json: bool, **where: Any
 ) -> None:
     """Train every point of RECIPE, a shipped name (such as digits) or a .toml file.
 
@@ -38,17 +41,18 @@ def sweep(
     from dptaft.sweep.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    backend = chosen_backend(where, loaded.backend)
     if dry_run:
         found = _dry(loaded)
         click.echo(json.dumps(found, indent=2) if as_json else _plan_table(found))
         return
-    content = _run(loaded, output or Path("runs") / f"sweep-{loaded.name}", jobs)
+    content = _run(loaded, output or Path("runs") / f"sweep-{loaded.name}", backend)
     click.echo(json.dumps(content, indent=2) if as_json else _table(content))
     if content["failed"]:
         raise SystemExit(1)
 
 
-def _run(recipe: Recipe, folder: Path, jobs: int) -> dict[str, Any]:
+def _run(recipe: Recipe, folder: Path, backend: BackendConfig) -> dict[str, Any]:
     from dptaft.cli.progress import Bars
     from dptaft.sweep.runner import run_sweep
     from dptaft.sweep.select import run_selection
@@ -64,16 +68,24 @@ def _run(recipe: Recipe, folder: Path, jobs: int) -> dict[str, Any]:
     try:
         with Bars() as bars:
             if recipe.budget.treatment == "select-best":
+                _refuse_parallel(backend)
                 run_selection(recipe, folder, progress=bars)
             else:
-                content = write_results(
-                    recipe, run_sweep(recipe, folder, jobs=jobs, progress=bars, report=report)
-                )
+                result = run_sweep(recipe, folder, backend=backend, progress=bars, report=report)
+                content = write_results(recipe, result)
                 return {"folder": str(folder), **content}
     except TrainingInterruptedError:
         click.echo(f"stopped; the same command with --output {folder} goes on", err=True)
         raise SystemExit(130) from None
     return {"folder": str(folder), **json.loads((folder / "summary.json").read_text())}
+
+
+def _refuse_parallel(backend: BackendConfig) -> None:
+    if not backend.in_this_process:
+        raise click.UsageError(
+            "select-best trains in one process: jobs of other processes would tell the secret number of "
+            "candidates; leave --backend and --jobs out"
+        )
 
 
 def _dry(recipe: Recipe) -> dict[str, Any]:

@@ -18,6 +18,9 @@ A recipe is a TOML file::
     name = "digits"
     source = "digits"
 
+    [backend]                            # optional: where points are trained (`--backend`)
+    kind = "submitit"
+
     [[methods]]
     name = "tangent"
     scope = "last:1"
@@ -56,7 +59,7 @@ _OWN = {
 }
 _DATA_OPTIONS = ("classes", "public_data", "skip_corrupt", "public_size")
 _MOST_CANDIDATES = 1000
-_TOP = ("title", "shows", "seeds", "budget", "options", "data", "methods")
+_TOP = ("title", "shows", "seeds", "budget", "options", "data", "methods", "backend")
 _BUDGET = ("treatment", "epsilons", "epsilon", "delta", "reference", "most_epsilon", "candidates", "ledger")
 
 
@@ -126,7 +129,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe; `content` is the TOML that it was made from, overrides included."""
+    """A parsed recipe; `content` is the TOML that it was made from, overrides included, without `backend`."""
 
     name: str
     title: str
@@ -137,6 +140,7 @@ class Recipe:
     seeds: tuple[int, ...]
     options: Mapping[str, Any]
     content: Mapping[str, Any] = field(repr=False)
+    backend: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find_recipe(name: str) -> Path:
@@ -250,7 +254,8 @@ def parse_recipe(content: Mapping[str, Any], name: str) -> Recipe:
         methods,
         seeds,
         options,
-        dict(content),
+        {key: value for key, value in content.items() if key != "backend"},
+        _table(content, "backend") if "backend" in content else {},
     )
 
 

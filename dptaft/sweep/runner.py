@@ -1,40 +1,44 @@
 """Running a recipe: resumable, one folder per point, failures reported at the end.
 
 A sweep folder holds ``recipe.toml`` (what was asked, overrides included), ``runs/<point>`` (finished runs),
-``finished`` (which points of a sweep with a ledger were trained), ``failures.json`` and the results. A
-finished point is never trained again; an interrupted one goes on where it stopped; what was charged is
-remembered before it is authorised.
+``finished`` (which points of a sweep with a ledger were begun and trained), ``attempts`` (private: what other
+processes and machines are working on), ``failures.json`` and the results. A finished point is never trained
+again; an interrupted one goes on where it stopped; what was charged is remembered before it is authorised.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from dptaft.backends import Backend, BackendConfig
+from dptaft.backends.attempts import Attempts
+from dptaft.backends.driver import Work, run_work
+from dptaft.backends.holding import LOCK, OWNER, HeldError, hold
 from dptaft.data import DataError
 from dptaft.features import FeatureCacheError, remove_cache
 from dptaft.learner import Progress
+from dptaft.prepaid import Payment, charge
 from dptaft.runs import RunError, load_run
 from dptaft.sweep.points import SweepPoint, Task, expand, group
 from dptaft.sweep.recipe import Recipe, RecipeError
-from dptaft.sweep.treatment import Whole, charge, compose, public_fields, published_fields
-from dptaft.sweep.work import FEATURES, Outcome, Payment, Worker, run_task
+from dptaft.sweep.shared import memory_share
+from dptaft.sweep.treatment import Whole, compose, public_fields, published_fields
+from dptaft.sweep.work import FEATURES, Outcome, Worker, run_task
 from dptaft.training.account import Spending
 from dptaft.training.trainer import partial_folder
 from dptaft_accounting import PrivacyStatement
 
-RUNS, FAILURES, RECIPE, FINISHED = "runs", "failures.json", "recipe.toml", "finished"
+RUNS, FAILURES, RECIPE, FINISHED, ATTEMPTS = "runs", "failures.json", "recipe.toml", "finished", "attempts"
+_JOBS = "jobs"
 
 Report = Callable[[int, int, Sequence[Outcome]], None]
 
@@ -65,7 +69,7 @@ def run_sweep(
     recipe: Recipe,
     folder: Path,
     *,
-    jobs: int = 1,
+    backend: BackendConfig = BackendConfig(),  # noqa: B008 - frozen
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> SweepResult:
@@ -74,38 +78,51 @@ def run_sweep(
     Args:
         recipe: with the treatment ``public-benchmark`` or ``publish-all``.
         folder: of the sweep, made where missing; an earlier part of the same sweep is continued.
-        jobs: processes that train at the same time, each on its share of the processor.
-        progress: called with (stage, done, total) where one process trains.
+        backend: where points are trained; this process, one after the other, unless said otherwise.
+        progress: called with (stage, done, total) where this process trains.
         report: called with (points done, points in all, outcomes) after every task.
 
     Raises:
         RecipeError: another sweep in the folder, another process in it, or a total that is not allowed.
+        BackendError: the backend cannot be used here.
         LedgerError: the budget does not permit the whole.
         TrainingInterruptedError: a signal asked for a stop; the same call continues.
+
+    Formal guarantees:
+        This process alone opens the ledger, and pays for every point before anything is trained. Each point
+        spends at most what was paid for it, however often its executions are lost and go on, and has one
+        result at most (`Attempts`, `PrepaidAccount`).
     """
-    if jobs < 1:
-        raise RecipeError(f"jobs must be at least 1, got {jobs}")
     points = expand(recipe)
     with sweep_folder(folder, recipe):
         runs = folder / RUNS
         runs.mkdir(exist_ok=True)
-        kept = {point.id: outcome for point in points if (outcome := _finished(runs, point)) is not None}
-        public = recipe.budget.treatment == "public-benchmark"
-        worker = Worker(runs, public)
-        payments, wholes = _settle(recipe, points, worker, folder)
-        tasks = group([point for point in points if point.id not in kept])
-        found = dict(kept)
-        try:
-            for outcomes in _run_tasks(tasks, payments, worker, runs, public, jobs, progress):
-                found |= {outcome.point: outcome for outcome in outcomes}
-                _write_failures(folder, found.values())
-                if report is not None:
-                    report(len(found), len(points), outcomes)
-        finally:
-            if (folder / FEATURES).exists():
-                with contextlib.suppress(FeatureCacheError):
-                    remove_cache(folder / FEATURES)
+        place = Attempts(folder / ATTEMPTS, runs)
+        opened = None if backend.in_this_process else backend.open((folder / _JOBS).absolute())
+        with contextlib.nullcontext() if opened is None else contextlib.closing(opened):
+            doubtful = place.recover((lambda job: False) if opened is None else opened.has_ended)
+            kept = {p.id: outcome for p in points if (outcome := _finished(runs, p)) is not None}
+            worker = Worker(runs, recipe.budget.treatment == "public-benchmark")
+            payments, wholes = _settle(recipe, points, worker, folder)
+            found = {name: Outcome(name, error=text) for name, text in doubtful.items()} | kept
+            tasks = group([point for point in points if point.id not in found])
+            parts = (
+                _one_by_one(tasks, payments, worker, progress)
+                if opened is None
+                else _elsewhere(tasks, payments, worker.public, backend, opened, place)
+            )
+            try:
+                for outcomes in parts:
+                    found |= {outcome.point: outcome for outcome in outcomes}
+                    _write_failures(folder, found.values())
+                    if report is not None:
+                        report(len(found), len(points), outcomes)
+            finally:
+                parts.close()
+                _clean(folder, place)
         _write_failures(folder, found.values())
+        if all(outcome.error is None for outcome in found.values()):
+            shutil.rmtree(folder / _JOBS, ignore_errors=True)
     return SweepResult(folder, tuple(found[point.id] for point in points), tuple(kept), wholes)
 
 
@@ -117,24 +134,21 @@ def sweep_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
         RecipeError: another process holds it, or it belongs to another sweep that was charged to a ledger.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(f"another process works on the sweep {folder}; wait for it") from None
-        path, text = folder / RECIPE, tomli_w.dumps(dict(recipe.content))
-        before = path.read_text(encoding="utf-8") if path.exists() else text
-        if before != text and recipe.budget.treatment != "public-benchmark":
-            raise RecipeError(
-                f"{folder} holds a sweep of another recipe, whose cost is settled; choose another --output"
-            )
-        if not path.exists() and any(p.name != "lock" for p in folder.iterdir()):
-            raise RecipeError(f"{folder} holds other files; choose an empty or new folder for the sweep")
-        path.write_text(text, encoding="utf-8")
-        yield
-    finally:
-        os.close(descriptor)
+        with hold(folder):
+            path, text = folder / RECIPE, tomli_w.dumps(dict(recipe.content))
+            before = path.read_text(encoding="utf-8") if path.exists() else text
+            if before != text and recipe.budget.treatment != "public-benchmark":
+                raise RecipeError(
+                    f"{folder} holds a sweep of another recipe, whose cost is settled; "
+                    "choose another --output"
+                )
+            if not path.exists() and any(p.name not in (LOCK, OWNER) for p in folder.iterdir()):
+                raise RecipeError(f"{folder} holds other files; choose an empty or new folder for the sweep")
+            path.write_text(text, encoding="utf-8")
+            yield
+    except HeldError as error:
+        raise RecipeError(f"cannot use the sweep {folder}: {error}") from None
 
 
 def _finished(runs: Path, point: SweepPoint) -> Outcome | None:
@@ -168,7 +182,8 @@ def _settle(
         name = "".join(c if c.isalnum() else "-" for c in data.name)
         ledger = Path(recipe.budget.ledger) if recipe.budget.ledger else folder.parent / "ledger.sqlite"
         images = worker.images(own[0])
-        fields = charge(whole, images, ledger, folder / f"ledger-{name}.json", f"sweep {folder.name}")
+        bill = whole.bill(images, f"sweep {folder.name}")
+        fields = charge(bill, ledger, folder / f"ledger-{name}.json")
         wholes[data.name] = whole
         payments[data.name] = Payment(published_fields(whole, fields), spendings, folder / FINISHED)
         _write_whole(folder / f"privacy-{name}.json", whole, fields)
@@ -208,32 +223,53 @@ def _write_whole(path: Path, whole: Whole, fields: Mapping[str, Any]) -> None:
     path.write_text(statement.to_json(), encoding="utf-8")
 
 
-def _run_tasks(
+def _one_by_one(
+    tasks: Sequence[Task], payments: Mapping[str, Payment], worker: Worker, progress: Progress | None
+) -> Generator[list[Outcome], None, None]:
+    """Outcomes of one task after the other, in this process."""
+    for task in tasks:
+        yield worker.run(task, payments[task.points[0].data.name], progress)
+
+
+def _elsewhere(
     tasks: Sequence[Task],
     payments: Mapping[str, Payment],
-    worker: Worker,
-    runs: Path,
     public: bool,
-    jobs: int,
-    progress: Progress | None,
-) -> Iterator[list[Outcome]]:
-    """Outcomes of one task after the other; several processes where asked for."""
-    if jobs == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield worker.run(task, payments[task.points[0].data.name], progress)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
-        waiting = [
-            pool.submit(run_task, runs, public, task, payments[task.points[0].data.name], jobs)
-            for task in tasks
+    config: BackendConfig,
+    backend: Backend,
+    place: Attempts,
+) -> Generator[list[Outcome], None, None]:
+    """Outcomes as other processes or machines report them."""
+    here = config.most_jobs if config.kind == "local" else 1
+    threads = config.threads or max(1, (os.cpu_count() or 1) // here)
+    share = memory_share(here) if config.memory is None else min(memory_share(), config.memory // 4)
+    work = [
+        Work(
+            tuple(point.id for point in task.points),
+            run_task,
+            (task, _absolute(payments[task.points[0].data.name]), public, threads, share),
+        )
+        for task in tasks
+    ]
+    for ended in run_work(work, backend, place, config):
+        yield [
+            Outcome(name, load_run(place.home / name).accuracy)
+            if error is None
+            else Outcome(name, error=error)
+            for name, error in ended.items()
         ]
-        try:
-            for done in as_completed(waiting):
-                yield done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+
+def _clean(folder: Path, place: Attempts) -> None:
+    """Remove what is kept only while a sweep runs."""
+    if (folder / FEATURES).exists():
+        with contextlib.suppress(FeatureCacheError):
+            remove_cache(folder / FEATURES)
+    place.close()
+
+
+def _absolute(payment: Payment) -> Payment:
+    return payment if payment.finished is None else replace(payment, finished=payment.finished.absolute())
 
 
 def _write_failures(folder: Path, outcomes: Iterator[Outcome] | Any) -> None:

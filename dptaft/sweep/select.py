@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from dptaft.learner import Progress
+from dptaft.prepaid import Payment, charge
 from dptaft.runs import METRICS, WEIGHTS, Run, hash_files, load_run, new_run, write_config, write_statement
 from dptaft.sweep.points import SweepPoint, expand, group
 from dptaft.sweep.recipe import Candidates, Recipe, RecipeError
 from dptaft.sweep.results import Row, document
 from dptaft.sweep.runner import RUNS, SweepResult, sweep_folder
-from dptaft.sweep.treatment import Whole, charge
-from dptaft.sweep.work import Outcome, Payment, Worker
+from dptaft.sweep.treatment import Whole
+from dptaft.sweep.work import Outcome, Worker
 from dptaft.sweep.write import write_files
 from dptaft.training.checkpoint import write_atomically
 from dptaft.training.noise import NoiseSource
@@ -153,7 +154,7 @@ def run_selection(recipe: Recipe, folder: Path, *, progress: Progress | None = N
         plans = _plans(listed, choice, worker)
         whole = Whole(choice.mechanism, delta, choice.epsilon, 1)
         ledger = Path(recipe.budget.ledger) if recipe.budget.ledger else folder.parent / "ledger.sqlite"
-        charged = charge(whole, data, ledger, folder / "ledger.json", f"sweep {folder.name}")
+        charged = charge(whole.bill(data, f"sweep {folder.name}"), ledger, folder / "ledger.json")
         if not winner.is_dir() and not (folder / "summary.json").exists():
             _prepare_private(private)
             drawn = _drawn(private / _DRAWN, listed, recipe.budget.candidates)

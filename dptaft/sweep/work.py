@@ -6,18 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import dptaft
+from dptaft.backends.attempts import Attempt, StopRequestedError
 from dptaft.data import ImageData
 from dptaft.learner import Learner, Progress
+from dptaft.prepaid import Payment
 from dptaft.runs import Run
 from dptaft.sweep.points import SweepPoint, Task, load_source
 from dptaft.sweep.shared import Boundaries, memory_share, use_fastest_layout
-from dptaft.sweep.treatment import SweepAccount
-from dptaft.training.account import Spending
 from dptaft.training.members import Point, can_share_steps, most_members, run_members
 from dptaft.training.plan import Request
 from dptaft.training.preparation import Prepared, PreparedOneShot, build_learner, prepare, prepare_one_shot
@@ -40,50 +39,34 @@ class Outcome:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Payment:
-    """What was settled before a point starts.
-
-    Attributes:
-        fields: what its statement says about the sweep.
-        allowed: what was paid, by id of the point; points that are missing are not checked.
-        finished: folder that remembers the points that were trained; None where each may be trained again.
-    """
-
-    fields: Mapping[str, Any]
-    allowed: Mapping[str, Spending]
-    finished: Path | None = None
-
-    def account(self, point: SweepPoint, output: Path) -> SweepAccount:
-        """The account of one point, whose run is written to `output`."""
-        trace = None if self.finished is None else self.finished / point.id
-        return SweepAccount(self.fields, self.allowed.get(point.id), trace, partial_folder(output))
-
-
 class Worker:
     """Trains tasks in one process and keeps what they share: images, and activations below the trained part.
 
     Args:
-        folder: holds one run folder per point, and features that several points need one after the other.
+        folder: holds one run folder per point.
         public: the images are public by the treatment of the budget.
-        processes: that work at the same time and share the memory of the machine.
+        most_bytes: that features may take; None takes a quarter of the machine's memory.
+
+    Attributes:
+        folder: as given; it may be changed between tasks.
+        public: as given.
     """
 
-    def __init__(self, folder: Path, public: bool, processes: int = 1) -> None:
-        self._folder, self._public = folder, public
-        self._most_bytes = memory_share(processes)
+    def __init__(self, folder: Path, public: bool, most_bytes: int | None = None) -> None:
+        self.folder, self.public = folder, public
+        self._most_bytes = memory_share() if most_bytes is None else most_bytes
         self._images: dict[str, ImageData] = {}
         self._boundaries = Boundaries()
 
     def images(self, point: SweepPoint) -> ImageData:
         """The data of a point, loaded once."""
         if point.data.name not in self._images:
-            self._images[point.data.name] = load_source(point.data, self._public)
+            self._images[point.data.name] = load_source(point.data, self.public)
         return self._images[point.data.name]
 
     def output(self, point: SweepPoint) -> Path:
         """Run folder of a point."""
-        return self._folder / point.id
+        return self.folder / point.id
 
     def plans(self, task: Task) -> dict[str, Prepared | PreparedOneShot]:
         """Every public decision of the points, by id; no private image is read.
@@ -148,7 +131,7 @@ class Worker:
             Point(
                 self._request(point),
                 self.output(point),
-                payment.account(point, self.output(point)),
+                payment.account(point.id, partial_folder(self.output(point))),
                 plans[point.id],
             )
             for point in points
@@ -166,14 +149,14 @@ class Worker:
         output = self.output(point)
         options = point.train_options()
         if shares and options.get("feature_cache") is None:
-            options["feature_cache"] = str(self._folder.parent / FEATURES)
+            options["feature_cache"] = str(self.folder.parent / FEATURES)
         try:
             run = dptaft.train(
                 self.images(point),
                 **options,
                 output=output,
                 resume=partial_folder(output).is_dir(),
-                ledger=payment.account(point, output),
+                ledger=payment.account(point.id, partial_folder(output)),
                 progress=progress,
             )
         except TrainingInterruptedError:
@@ -184,7 +167,7 @@ class Worker:
 
 
 FEATURES = "features"
-"""Folder of cached features in the folder of a sweep; removed at the end."""
+"""Folder of cached features beside the runs; removed at the end."""
 
 
 def _chunk(plans: Mapping[str, Prepared]) -> int:
@@ -197,18 +180,42 @@ def _outcome(point: SweepPoint, run: Run | Exception) -> Outcome:
     return Outcome(point.id, error=" ".join(str(run).split()) or type(run).__name__)
 
 
-def run_task(folder: Path, public: bool, task: Task, payment: Payment, jobs: int) -> list[Outcome]:
-    """One task in a process of its own, for several tasks at once."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    return _worker(folder, public, jobs).run(task, payment)
+def run_task(
+    attempt: Attempt, task: Task, payment: Payment, public: bool, threads: int, most_bytes: int
+) -> dict[str, str]:
+    """The points of one execution, in whatever process a backend chose.
+
+    Args:
+        attempt: the permission for (some of) the points of the task.
+        task: the points.
+        payment: what was paid for them.
+        public: the images are public by the treatment of the budget.
+        threads: of this process.
+        most_bytes: that features may take.
+
+    Returns:
+        Why points have no run, by id.
+
+    Raises:
+        StopRequestedError: a signal asked for a stop.
+    """
+    torch.set_num_threads(threads)
+    worker = _worker(public, most_bytes)
+    worker.folder = attempt.work
+    points = tuple(point for point in task.points if point.id in attempt.names)
+    try:
+        outcomes = worker.run(replace(task, points=points), replace(payment, lease=attempt.lease))
+    except TrainingInterruptedError:
+        raise StopRequestedError from None
+    return {outcome.point: outcome.error for outcome in outcomes if outcome.error is not None}
 
 
-_WORKERS: dict[tuple[int, Path, bool], Worker] = {}
+_WORKERS: dict[tuple[int, bool, int], Worker] = {}
 
 
-def _worker(folder: Path, public: bool, jobs: int) -> Worker:
+def _worker(public: bool, most_bytes: int) -> Worker:
     """The worker of this process, so that tasks that follow each other share what they can."""
-    key = (os.getpid(), folder, public)
+    key = (os.getpid(), public, most_bytes)
     if key not in _WORKERS:
-        _WORKERS[key] = Worker(folder, public, jobs)
+        _WORKERS[key] = Worker(Path(), public, most_bytes)
     return _WORKERS[key]
