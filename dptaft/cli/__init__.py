@@ -21,6 +21,7 @@ _COMMANDS = {
     "audit": ("dptaft.cli.audit", "audit"),
     "ledger": ("dptaft.cli.ledger", "ledger"),
     "models": ("dptaft.cli.models", "models"),
+    "plan": ("dptaft.cli.plan", "plan"),
     "clear-cache": ("dptaft.cli.clear_cache", "clear_cache"),
 }
 

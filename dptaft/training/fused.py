@@ -110,6 +110,11 @@ class FusedEngine:
         self._grams = self._compute_grams() if use_grams else None
         self._check_norms()
 
+    @property
+    def holds_grams(self) -> bool:
+        """Whether the Grams of all examples are in memory."""
+        return self._grams is not None
+
     def initial_theta(self, members: int | None = None) -> dict[str, Tensor]:
         """Zero tangent weights, with a leading axis for `members` weight vectors if given."""
         lead = () if members is None else (members,)
