@@ -115,7 +115,7 @@ def masks(rate, draws, seed):
 
 
 def train(folder, options, *, kill=None, stop=None, count=RECORDS):
-    """`dptaft.train` with a progress report that at step ``kill`` (or ``stop``) ends the others (or all)."""
+    """`dptaft.train`; ``kill``: (rank, step) where one is killed, ``stop``: step where all are asked to stop."""
     place, calls = launched(), []
     rank = 0 if place is None else place.rank
     Path(folder, f"pid{rank}").write_text(str(os.getpid()))
@@ -126,8 +126,8 @@ def train(folder, options, *, kill=None, stop=None, count=RECORDS):
         return real(*arguments, **more)
 
     def report(stage, done, total):
-        if stage == "training" and done == kill:
-            os.kill(int(Path(folder, "pid1").read_text()), signal.SIGKILL)
+        if stage == "training" and kill is not None and done == kill[1]:
+            os.kill(int(Path(folder, f"pid{kill[0]}").read_text()), signal.SIGKILL)
         if stage == "training" and done == stop:
             for other in range(place.world_size):
                 os.kill(int(Path(folder, f"pid{other}").read_text()), signal.SIGTERM)
@@ -135,6 +135,11 @@ def train(folder, options, *, kill=None, stop=None, count=RECORDS):
     with mock.patch.object(optimizers, "gaussian_mechanism", counted):
         run = dptaft.train(data(count), progress=report, **options)
     return str(run.path), len(calls)
+
+
+def train_twice(folder, options):
+    """Two equal runs, one after the other, in the same processes."""
+    return [train(folder, {**options, "output": Path(folder, name)}) for name in ("a", "b")]
 
 
 class Broken:
@@ -148,7 +153,7 @@ class Broken:
 
     def __getitem__(self, index):
         if index == self.bad:
-            raise DataError("cannot read image 200: damaged")
+            raise DataError("cannot read image 280: damaged")
         return self.pixels[index]
 
     def name(self, index):
