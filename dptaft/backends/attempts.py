@@ -30,10 +30,12 @@ from typing import Any
 
 from dptaft.backends.holding import certainly_gone, described, identity, read_owner
 
-GRANTED, BEGUN, WITHDRAWN, ENDED, _OWNER = "granted", "begun", "withdrawn", "ended", "owner.json"
+GRANTED, BEGUN, WITHDRAWN, ENDED = "granted", "begun", "withdrawn", "ended"
+_OWNER, _STOP = "owner.json", "stop"
 PARTIAL = ".partial"
 _GONE = ".gone-"
 _PATIENCE = 30.0
+_WATCH = 1.0
 _VISIBLE = 60.0
 
 
@@ -76,6 +78,10 @@ class Attempt:
         if not self._rename(GRANTED, BEGUN):
             raise WithdrawnError("this execution was withdrawn, or had begun before; it does nothing")
         _write(self.folder / _OWNER, identity())
+
+    def ask_to_stop(self) -> None:
+        """Ask the execution, wherever it is, to save its state and end."""
+        _write(self.folder / _STOP, {})
 
     def end(self) -> None:
         """Say that the execution does nothing any more."""
@@ -204,9 +210,9 @@ class Attempts:
 
     def _publish(self, attempt: Attempt, name: str) -> bool:
         source, target = attempt.work / name, self.home / name
-        if not source.is_dir():
-            return False
-        if not target.exists():
+        if not target.exists():  # else a parent died after this very step: nothing else may be there
+            if not source.is_dir():
+                return False
             os.rename(source, target)
         shutil.rmtree(self.home / f"{name}{PARTIAL}", ignore_errors=True)
         return True
@@ -249,7 +255,7 @@ def execute(
     except WithdrawnError:
         return TWICE, {}
     try:
-        with _stoppable():
+        with _stoppable(attempt.folder / _STOP):
             return DONE, dict(function(attempt, *arguments))
     except StopRequestedError:
         return STOPPED, {}
@@ -260,8 +266,8 @@ def execute(
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM and SIGINT, and Slurm's warning, end the execution in good order, also outside training."""
+def _stoppable(stop_file: Path) -> Iterator[None]:
+    """SIGTERM and SIGINT, Slurm's warning and the parent end it in good order, also outside training."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -276,14 +282,25 @@ def _stoppable() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise StopRequestedError
 
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(stop_file, over), daemon=True).start()
     try:
         for number in numbers:
             if before[number] is not signal.SIG_IGN:
                 signal.signal(number, stop)
         yield
     finally:
+        over.set()
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _watch(stop_file: Path, over: threading.Event) -> None:
+    """Turn the parent's wish into a signal."""
+    while not over.wait(_WATCH):
+        if stop_file.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def remember_job(attempt: Attempt, job: str) -> None:

@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Jobs that ended since the last call, after at most about `timeout` seconds."""
 
     def cancel(self, job: str) -> None:
-        """Ask a job to stop; one that runs may save its state first."""
+        """Take a job out of the queue, or end it."""
 
     def has_ended(self, job: str) -> bool:
         """Whether a job of an earlier parent certainly does nothing any more."""

@@ -118,9 +118,10 @@ def _stop(
 ) -> Iterator[Outcomes]:
     """Withdraw what is pending, let the rest save its state, and take in what still gets done."""
     for job, (_, attempt) in list(running.items()):
-        pending = attempt.withdraw(begun=False)
-        backend.cancel(job)
-        if pending:
+        if not attempt.withdraw(begun=False):
+            attempt.ask_to_stop()
+        else:
+            backend.cancel(job)
             attempts.settle(attempt, certain=True)
             del running[job]
     end = time.monotonic() + _GRACE

@@ -12,7 +12,8 @@ from typing import Any
 from dptaft.backends.base import BackendError, Report
 
 _MINUTES = 240
-_SETTLING = 10.0
+_SETTLING = {"slurm": 30.0, "local": 0.5}
+"""Seconds for which a result may be on its way over a shared disk."""
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE")
 """States of Slurm after whose report the processes of a job are gone; NODE_FAIL tells nothing about them."""
 _LOCAL_ENDED = ("FINISHED", "INTERRUPTED")
@@ -91,7 +92,7 @@ class SubmititBackend:
             return None
         if not job.paths.result_pickle.exists():
             first = self._silent.setdefault(name, time.monotonic())
-            if time.monotonic() - first < _SETTLING and job.state != "INTERRUPTED":
+            if time.monotonic() - first < _SETTLING[self._cluster]:
                 return None
             del self._jobs[name]
             state = str(job.state).split(" ")[0].rstrip("+")
