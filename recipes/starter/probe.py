@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from pretrain import normalise
+from objectives import normalise
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
