@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dptaft.backbones import STARTER
 from dptaft.data import ImageData, ItemPixels, Split
-from dptaft.estimate_probe import Probe, measure
+from dptaft.estimate_probe import Probe, existing_folder, measure
 from dptaft.estimate_room import INDEX_BYTES, available_memory, require_memory
 from dptaft.training.fused import GRAM_BYTES
 from dptaft.training.plan import PlanError, Request
@@ -97,7 +97,7 @@ def estimate_training(
         processes: that share the records (on one machine, each with its own GPU where there are GPUs).
         price_per_hour: of the machine with all of them.
         image_side: of the JPEG files that stand for private images; None takes the size the model reads.
-        start_seconds: that the caller took before.
+        start_seconds: that the caller took before; planning itself is added.
 
     Raises:
         ValueError: a request that cannot be met.
@@ -106,7 +106,9 @@ def estimate_training(
         raise PlanError(f"the number of processes must be at least 1, got {processes}")
     if request.model.name != STARTER:
         request = replace(request, model=replace(request.model, weights="random"))
+    started = time.perf_counter()
     prepared = prepare(data, request)
+    start_seconds += time.perf_counter() - started
     available = available_memory()
     probe = measure(prepared, request, data, image_side=image_side, available=available)
     return combine(
@@ -224,16 +226,6 @@ def _disk(prepared: Prepared, request: Request, data: ImageData, probe: Probe) -
         "weights": 4 * probe.trained,
         "free": shutil.disk_usage(existing_folder(cache)).free,
     }
-
-
-def existing_folder(path: str | None) -> Path:
-    """The deepest folder of a path that exists already; the current one for None.
-
-    >>> existing_folder("/no/such/folder")
-    PosixPath('/')
-    """
-    wanted = Path(path or ".").expanduser().absolute()
-    return next(folder for folder in (wanted, *wanted.parents) if folder.is_dir())
 
 
 def _memory(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -28,13 +28,17 @@ from dptaft.feature_cache import read_features, write_features
 from dptaft.features import boundary_of
 from dptaft.learner import FEATURE_BATCH, Cached, Learner, PixelDigest
 from dptaft.tangent.operator import Features
+from dptaft.training.account import Account, NoAccount
+from dptaft.training.clipping import Adjacency, ClippedSum
+from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import LOSSES
+from dptaft.training.opacus_engine import OpacusEngine
 from dptaft.training.plan import Request
 from dptaft.training.preparation import Prepared
 from dptaft.training.sampling import Poisson
 from dptaft.training.steps import RunState
 from dptaft.training.sums import sources
-from dptaft_accounting import best_bound
+from dptaft_accounting import PrivacyStatement
 
 _SECONDS = 2.0
 _DISK_BYTES = 96 << 20
@@ -112,15 +116,18 @@ def measure(
     on_gpu = learner.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(learner.device)
-    with _Resident() as resident:
-        read = _reader(data, learner.backbone.preprocessing, image_side)
-        image_s, identify_s = _image_seconds(read, learner.backbone.preprocessing)
-        features, feature_s = _features(learner, data, read)
-        to_disk = request.performance.feature_cache is not None
-        write_s, check_s, read_s = _disk(features, _folder(request)) if to_disk else (0.0, 0.0, 0.0)
-        count = _batch(prepared, request, data, features, available)
-        sums = _sums(prepared, request, features, count)
-        block_s, finish_s = _bookkeeping(prepared, request, data, features)
+    forget_peak()
+    read = _reader(data, learner.backbone.preprocessing, image_side)
+    image_s, identify_s = _image_seconds(read, learner.backbone.preprocessing)
+    before = peak_resident()
+    features, feature_s = _features(learner, data, read)
+    extracting = peak_resident() - before
+    whole = min(FEATURE_BATCH, len(data.train)) / len(features)  # of a batch, of which time allowed a part
+    cache = request.performance.feature_cache
+    write_s, check_s, read_s = (0.0, 0.0, 0.0) if cache is None else _disk(features, existing_folder(cache))
+    count = _batch(prepared, request, data, features, available)
+    sums = _sums(prepared, request, features, count)
+    block_s, finish_s = _bookkeeping(prepared, request, data, features)
     return Probe(
         image_seconds=image_s,
         identify_seconds=identify_s,
@@ -135,35 +142,28 @@ def measure(
         trained=sum(p.numel() for p in learner.parameters.values()),
         block_seconds=block_s,
         finish_seconds=finish_s,
-        resident_bytes=resident.peak,
+        resident_bytes=max(peak_resident(), round(before + whole * extracting)),
         device_bytes=torch.cuda.max_memory_allocated(learner.device) if on_gpu else 0,
-        **sums,
+        gram_seconds=sums.gram_seconds,
+        gram_bytes=sums.gram_bytes,
+        sum_seconds=sums.sum_seconds,
+        step_seconds=sums.step_seconds,
     )
 
 
-class _Resident:
-    """Largest resident set while it is active, in bytes."""
-
-    def __enter__(self) -> _Resident:
-        self.peak, self._stop = _resident_bytes(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.peak = max(self.peak, _resident_bytes())
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self.peak = max(self.peak, _resident_bytes())
-
-
-def _resident_bytes() -> int:
+def forget_peak() -> None:
+    """Let the peak of the resident set begin anew, where the system can (Linux)."""
     try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_resident() -> int:
+    """Largest resident set of this process since it began, or since `forget_peak`; in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except OSError:  # no Linux
         import resource
 
@@ -237,9 +237,13 @@ def _wait(learner: Learner) -> None:
         torch.cuda.synchronize(learner.device)
 
 
-def _folder(request: Request) -> Path:
-    """The deepest existing folder of the feature cache to be."""
-    wanted = Path(request.performance.feature_cache or ".").absolute()
+def existing_folder(path: str | None) -> Path:
+    """The deepest folder of a path that exists already; the current one for None.
+
+    >>> existing_folder("/no/such/folder")
+    PosixPath('/')
+    """
+    wanted = Path(path or ".").expanduser().absolute()
     return next(folder for folder in (wanted, *wanted.parents) if folder.is_dir())
 
 
@@ -257,14 +261,15 @@ def _disk(features: Features, folder: Path) -> tuple[float, float, float]:
         for path in files:
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        read = _once(lambda: [_drain(path) for path in files])
+        read = _once(lambda: _drain(files))
     return write / amount, check / amount, read / amount
 
 
-def _drain(path: Path) -> None:
-    with path.open("rb", buffering=0) as file:
-        while file.read(1 << 20):
-            pass
+def _drain(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 20):
+                pass
 
 
 @contextmanager
@@ -285,47 +290,52 @@ def _batch(prepared: Prepared, request: Request, data: ImageData, features: Feat
     return min(piece, expected, fits)
 
 
-def _sums(prepared: Prepared, request: Request, features: Features, count: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Sums:
+    """Fields of `Probe`."""
+
+    gram_seconds: float
+    gram_bytes: int
+    sum_seconds: float
+    step_seconds: float
+
+
+def _sums(prepared: Prepared, request: Request, features: Features, count: int) -> _Sums:
     """Clipped sums of `count` records, and private steps with them."""
-    learner, plan = prepared.learner, prepared.plan
+    learner = prepared.learner
     many = features.index(torch.arange(count, device=learner.device) % len(features))
     labels = torch.arange(count) % learner.operator.num_classes
     indices = torch.arange(count)
 
-    def build() -> object:
+    def build() -> FusedEngine | OpacusEngine:
         return learner.engine(
             many,
             labels,
             loss=LOSSES[request.model.loss](),
             l2_clip_norm=prepared.l2_clip_norm,
-            adjacency=plan.adjacency,
+            adjacency=cast(Adjacency, prepared.plan.adjacency),
         )
 
-    holds = learner.engine_kind == "fused" and learner.performance.feature_cache is None
     build_s = min(_once(build) for _ in range(2))
     engine = build()
 
-    def clipped() -> object:
+    def clipped() -> ClippedSum:
         found = engine.clipped_sum(learner.parameters, indices)
         _wait(learner)
         return found
 
-    sums = clipped()
+    clipped()
     sum_s = _rate(lambda _: clipped(), _SECONDS / 2)
     with _rehearsal(prepared, request, many, labels) as state:
-
-        def step(_: int) -> None:
-            state.private.private_step(clipped())
-
-        both = _rate(step, _SECONDS / 2)
-    del sums
-    gram_bytes = 8 * learner.operator.num_classes**2 if holds and engine.holds_grams else 0
-    return {
-        "gram_seconds": build_s / count if gram_bytes else 0.0,
-        "gram_bytes": gram_bytes,
-        "sum_seconds": sum_s / count,
-        "step_seconds": max(0.0, both - sum_s),
-    }
+        both = _rate(lambda _: state.private.private_step(clipped()), _SECONDS / 2)
+    on_disk = request.performance.feature_cache is not None
+    held = isinstance(engine, FusedEngine) and engine.holds_grams and not on_disk
+    return _Sums(
+        gram_seconds=build_s / count if held else 0.0,
+        gram_bytes=8 * learner.operator.num_classes**2 if held else 0,
+        sum_seconds=sum_s / count,
+        step_seconds=max(0.0, both - sum_s),
+    )
 
 
 def _draw_seconds(prepared: Prepared, request: Request) -> float:
@@ -335,16 +345,9 @@ def _draw_seconds(prepared: Prepared, request: Request) -> float:
     return _rate(lambda _: sampler.next_batch()) / _DRAWS
 
 
-class _Untouched:
-    """An account that is told nothing."""
-
-    def authorise(self, spent: object) -> None:
-        """Nothing is spent."""
-
-
 @contextmanager
 def _rehearsal(
-    prepared: Prepared, request: Request, features: Features, labels: Tensor, account: object = None
+    prepared: Prepared, request: Request, features: Features, labels: Tensor, account: Account | None = None
 ) -> Iterator[RunState]:
     with _scratch(Path.cwd()) as scratch:
         state = RunState(
@@ -354,7 +357,7 @@ def _rehearsal(
             Cached(features, _KEY),
             labels,
             scratch / "run.partial",
-            account or _Untouched(),
+            account or NoAccount("a rehearsal"),
             sources(request)[0],
         )
         try:
@@ -369,16 +372,19 @@ def _bookkeeping(
     """Seconds to authorise and keep a block of steps, and for the accounting of a whole run."""
     if prepared.plan.noise_multiplier == 0:
         return 0.0, 0.0
-    labels = torch.zeros(len(features), dtype=torch.int64)
+    labels, spending = torch.zeros(len(features), dtype=torch.int64), prepared.spending()
     with _scratch(Path.cwd()) as scratch:
-        output = scratch / "run"
-        account = LedgerAccount(scratch / "ledger.sqlite", data, output, content=_KEY)
-        start_s = _once(lambda: account.reserve(prepared.spending()))
+        account = LedgerAccount(scratch / "ledger.sqlite", data, scratch / "run", content=_KEY)
+        start_s = _once(lambda: account.reserve(spending))
         try:
             with _rehearsal(prepared, request, features, labels, account) as state:
                 block_s = _once(state.authorise) + _once(state.save)
+            end_s = _once(lambda: account.commit(spending))
         finally:
             account.close()
-    return block_s, start_s + 2 * _once(
-        lambda: best_bound(prepared.plan.mechanism(), delta=prepared.plan.delta)
+    end_s += _once(
+        lambda: PrivacyStatement.build(
+            prepared.plan.mechanism(), prepared.plan.delta, certificate=spending.certificate
+        )
     )
+    return block_s, start_s + end_s

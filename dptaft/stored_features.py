@@ -108,6 +108,10 @@ class StoredFeatures(Features):
     """
 
     in_memory = False
+    _files: dict[str, StoredTensor]
+    _stored_grams: StoredTensor | None
+    _device: torch.device | None
+    _count: int
 
     def __init__(
         self,
@@ -118,11 +122,16 @@ class StoredFeatures(Features):
         counts = {file.shape[0] for file in (*files.values(), *([grams] if grams else []))}
         if len(counts) != 1 or not files:
             raise ValueError(f"files of features hold different numbers of examples: {sorted(counts)}")
-        object.__setattr__(self, "tensors", _Mapped(files, device))
-        self.__dict__.update(_files=dict(files), _stored_grams=grams, _device=device, _count=counts.pop())
+        self.__dict__.update(  # the base class is frozen
+            tensors=_Mapped(files, device),
+            _files=dict(files),
+            _stored_grams=grams,
+            _device=device,
+            _count=counts.pop(),
+        )
 
     @property
-    def grams(self) -> Tensor | None:  # type: ignore[override]
+    def grams(self) -> Tensor | None:
         """All Grams, mapped; None where they are not stored."""
         stored = self._stored_grams
         return None if stored is None else _placed(stored.rows(0, self._count), self._device)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -160,7 +160,7 @@ def table(found: Estimate) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def _privacy_row(p: dict[str, Any]) -> str:
+def _privacy_row(p: Mapping[str, Any]) -> str:
     if p["epsilon"] is None:
         return "NO CLAIM: no noise is added"
     return (
