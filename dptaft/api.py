@@ -142,10 +142,10 @@ def train(
     from dptaft.data import load_data
     from dptaft.distributed import launched
 
-    options = {"classes": classes, "public": public_data, "skip_corrupt": skip_corrupt}
-
     def load() -> ImageData:
-        images = load_data(data, **options) if isinstance(data, str) else data
+        images = data
+        if isinstance(images, str):
+            images = load_data(images, classes=classes, public=public_data, skip_corrupt=skip_corrupt)
         images.check_adjacency(adjacency)
         return images
 
@@ -155,8 +155,9 @@ def train(
     def charged(images: ImageData, target: Path, content: Callable[[], str] | None = None) -> Account:
         if ledger is not None and not isinstance(ledger, str | Path):
             return ledger
-        common = {"ledger": ledger, "content": content, "resume": resume, "progress": progress}
-        return open_account(images, request, target, **common)
+        return open_account(
+            images, request, target, ledger=ledger, content=content, resume=resume, progress=progress
+        )
 
     place = launched()
     if place is not None:

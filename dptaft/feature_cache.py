@@ -216,7 +216,7 @@ def _sync_folder(path: Path) -> None:
 def _lock(root: Path, key: str) -> Iterator[None]:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (root / _TAG).exists():
-        if any(root.iterdir()):
+        if any(root.iterdir()) and not (root / _TAG).exists():  # another process may have been quicker
             raise FeatureCacheError(
                 f"{root} holds other files; choose an empty or new folder for the features"
             )

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,8 @@ class ProcessGroup(Ranks):
 
     def __init__(self, launch: Launch, control: dist.ProcessGroup | None) -> None:
         self.rank, self.world_size, self._launch = launch.rank, launch.world_size, launch
-        self._control = self._bulk = control
+        self._control: dist.ProcessGroup | None = control
+        self._bulk: dist.ProcessGroup | None = control
         self._device = torch.device("cpu")
         self.over = False
         """Whether the processes have parted: no message can be sent any more."""
@@ -65,7 +66,7 @@ class ProcessGroup(Ranks):
         self._device = device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            self._bulk = self._joint(lambda: dist.new_group(backend="nccl", timeout=TRANSFER_LIMIT))
+            self._bulk = self._joint(lambda: _new_group("nccl", TRANSFER_LIMIT))
 
     def _joint(self, exchange: Callable[[], T]) -> T:
         """One exchange; whatever goes wrong in it, the processes cannot go on together."""
@@ -138,9 +139,9 @@ class ProcessGroup(Ranks):
 
     def agree(self, work: Callable[[], T]) -> T:  # noqa: D102
         failure: Exception | None = None
-        result: Any = None
+        results: list[T] = []
         try:
-            result = work()
+            results.append(work())
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         except (RankLostError, RunEndedError):
@@ -154,9 +155,9 @@ class ProcessGroup(Ranks):
         self._joint(lambda: dist.all_reduce(failed, group=self._control))
         if int(failed):
             self._part(failure)
-        return result
+        return results[0]
 
-    def _part(self, failure: Exception | None) -> None:
+    def _part(self, failure: Exception | None) -> NoReturn:
         """Tell the first process what went wrong where, and end on all of them."""
         told = _told(failure, self.rank)
         rows = self.collect(torch.frombuffer(bytearray(told + b"\n"), dtype=torch.uint8))
@@ -182,10 +183,14 @@ def joined(launch: Launch) -> Iterator[ProcessGroup]:
     if made:
         dist.init_process_group("gloo", timeout=PATIENCE, rank=launch.rank, world_size=launch.world_size)
     try:
-        yield ProcessGroup(launch, dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield ProcessGroup(launch, _new_group("gloo", PATIENCE))
     finally:
         if made:
             dist.destroy_process_group()
+
+
+def _new_group(backend: str, limit: timedelta) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=limit))
 
 
 def local_device(name: str, launch: Launch) -> str:

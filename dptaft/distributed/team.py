@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -88,7 +88,7 @@ class Team:
         plan = prepared.plan
         facts = {"clip": prepared.l2_clip_norm, "adjacency": plan.adjacency}
         self._tell("begin", sampling=asdict(plan.sampling), **facts)
-        self._share.begin(plan.sampling, prepared.l2_clip_norm, plan.adjacency, sampler)
+        self._share.begin(plan.sampling, prepared.l2_clip_norm, cast(Adjacency, plan.adjacency), sampler)
         return self
 
     def next_sum(self, parameters: Mapping[str, nn.Parameter]) -> tuple[ClippedSum, int]:

@@ -58,7 +58,7 @@ def entry(run: Run) -> dict[str, Any]:
             "privacy_loss": _loss(run, found),
             "deployment_model": {
                 "model_name": "Central",
-                "model_name_details": "One trusted machine reads the records and adds the noise.",
+                "model_name_details": _trusted(run),
                 "actors": plain(f"The curator who trains is trusted with the records. {found.sentence}"),
                 "release_type": "One release",
                 "data_source_type": "Static",
@@ -80,6 +80,13 @@ def entry(run: Run) -> dict[str, Any]:
             },
         },
     }
+
+
+def _trusted(run: Run) -> str:
+    made = run.statement.implementation if run.statement else {}
+    if made.get("processes", 1) > 1:
+        return f"{made['processes']} trusted processes of the curator read the records; one adds the noise."
+    return "One trusted machine reads the records and adds the noise."
 
 
 def _loss(run: Run, found: Facts) -> dict[str, Any]:
