@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ class Payment:
         fields: what their statements say about it.
         allowed: what was paid, by name; names that are missing are not checked.
         finished: folder of the traces of executions; None where each may run again.
+        content: digest of the records that were charged, which other processes compare with what they read;
+            None where nothing is charged.
         lease: file that exists while the execution may go on (`dptaft.backends.attempts`); None in the
             process of the parent.
     """
@@ -135,6 +137,7 @@ class Payment:
     fields: Mapping[str, Any]
     allowed: Mapping[str, Spending]
     finished: Path | None = None
+    content: str | None = field(default=None, repr=False)
     lease: Path | None = None
 
     def account(self, name: str, partial: Path) -> PrepaidAccount:

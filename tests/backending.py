@@ -6,6 +6,16 @@ import time
 from pathlib import Path
 
 
+def entries(folder):
+    """All entries of the ledger in a folder."""
+    from dptaft_accounting.ledger import Ledger
+
+    ledger = Ledger(Path(folder) / "ledger.sqlite")
+    if ledger.verify():
+        raise ValueError(ledger.verify())
+    return [entry for name in ledger.datasets() for entry in ledger.account(name).entries]
+
+
 def make(attempt, text="made", fail=()):
     """Finish every name but those in `fail`."""
     for name in attempt.names:

@@ -79,7 +79,8 @@ def run_work(
                 yield from _stop(backend, attempts, running)
                 raise TrainingInterruptedError("stopped; the same command goes on")
     finally:
-        backend.close()
+        if running:
+            backend.close()
         for _, attempt in running.values():
             attempts.settle(attempt, certain=False)
 

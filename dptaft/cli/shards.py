@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dptaft.shards import Collection
 
 _OF_THE_DATA = ("data", "classes", "public_data", "skip_corrupt", "resume", "ledger", "no_ledger", "as_json")
+_OF_THE_WORK = ("backend", "jobs", "backend_option")
 
 
 def train_parts(
@@ -27,7 +28,7 @@ def train_parts(
     parent, number = shards["shards_of"], shards["public_shards"]
     if parent is not None:
         _refuse_others(shards)
-        known = ("data", "classes", "public_data", "skip_corrupt", "resume", "ledger", "progress")
+        known = ("data", "classes", "public_data", "skip_corrupt", "resume", "ledger", "backend", "progress")
         return _show(add_shard(parent, **{name: options[name] for name in known}), as_json)
     if shards["shards"] is None:
         raise click.UsageError("--public-shards needs --shards with a number")
@@ -51,7 +52,7 @@ def _refuse_others(shards: Mapping[str, Any]) -> None:
         name
         for name in context.params
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        and name not in (*_OF_THE_DATA, "shards_of")
+        and name not in (*_OF_THE_DATA, *_OF_THE_WORK, "shards_of")
     ]
     if given:
         raise click.UsageError(

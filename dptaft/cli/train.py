@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dptaft.cli.backend import backend_options, chosen_backend
 from dptaft.cli.format import up
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ STEPS = Steps()
     "--shards-of", type=click.Path(path_type=Path), help="Add a shard with this data to a folder of shards."
 )
 @click.option("--public-shards", type=int, help="Draw random shards from this public number, not secretly.")
+@backend_options
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<id>]")
 @click.option(
     "--ledger",
@@ -159,6 +161,9 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
     With no option but --epsilon it trains on scikit-learn's handwritten digits with the bundled backbone.
     """
     shards = {name: options.pop(name) for name in ("shards", "shards_of", "public_shards")}
+    backend = chosen_backend({name: options.pop(name) for name in ("backend", "jobs", "backend_option")})
+    if not backend.in_this_process and shards["shards"] is None and shards["shards_of"] is None:
+        raise click.UsageError("--backend and --jobs are for the trainings of --shards; leave them out")
     if options["epsilon"] is None and shards["shards_of"] is None:
         raise click.UsageError("give --epsilon, for example --epsilon 3 (or inf for no privacy)")
     if options.pop("no_ledger"):
@@ -186,7 +191,8 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
                 from dptaft.distributed import require_one_process
 
                 require_one_process("training of shards")
-                click.echo(train_parts(shards, optimizer, as_json=as_json, **common, **options))
+                options |= {"backend": backend, "as_json": as_json}
+                click.echo(train_parts(shards, optimizer, **common, **options))
                 return
             run = dptaft.train(optimizer=optimizer, **common, **options)
     except TrainingInterruptedError as stop:

@@ -1,4 +1,4 @@
-"""Training of disjoint shards of one data set: one run each, over features that are computed once.
+"""Training of disjoint shards of one data set: one run each, every record's features computed once.
 
 Which shard a record is in depends on its position and on random numbers, or on a column of its own row, never
 on other records or their pixels. Neighbouring data sets (zero-out) therefore differ within one shard, and the
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dptaft.backends import BackendConfig
 from dptaft.budgeting import content_digest, default_ledger, open_account
 from dptaft.data import ImageData
 from dptaft.learner import Cached, Learner, Progress
@@ -25,7 +26,7 @@ from dptaft.shards.records import Record, Records, load_records, write_trail
 from dptaft.shards.requests import Source, described, make_request, stored_request, with_delta
 from dptaft.training.account import Account
 from dptaft.training.plan import Request
-from dptaft.training.preparation import build_learner, prepare
+from dptaft.training.preparation import Prepared, build_learner, prepare
 from dptaft.training.steps import TrainingInterruptedError
 from dptaft.training.trainer import check_folders, partial_folder, train_prepared
 
@@ -46,6 +47,7 @@ def train_shards(
     skip_corrupt: bool = False,
     ledger: str | Path | None = "auto",
     resume: bool = False,
+    backend: BackendConfig = BackendConfig(),  # noqa: B008 - frozen
     progress: Progress | None = None,
     **options: Any,
 ) -> Collection:
@@ -65,6 +67,7 @@ def train_shards(
         ledger: budget ledger that is charged: ``auto`` for ``ledger.sqlite`` beside the parent folder, a
             path, or None for none.
         resume: continue an interrupted call with the same arguments; finished shards are kept.
+        backend: where shards are trained; this process, one after the other, unless said otherwise.
         progress: called with (stage, done, total).
         options: further arguments of `dptaft.train`; the delta of all shards defaults to that of the whole
             data.
@@ -92,7 +95,7 @@ def train_shards(
         check_output(parent)
         assignment = assign(images, shards, public_seed)
         collection, records = _begin(parent, source, request, assignment)
-    _train_missing(collection, images, request, records, ledger, progress)
+    train_missing(collection, ShardTrainer(collection, images, request, records, ledger, progress), backend)
     return collection
 
 
@@ -106,6 +109,7 @@ def add_shard(
     skip_corrupt: bool = False,
     ledger: str | Path | None = "auto",
     resume: bool = False,
+    backend: BackendConfig = BackendConfig(),  # noqa: B008 - frozen
     progress: Progress | None = None,
 ) -> Collection:
     """Train one more shard from new data, with the options of the shards that are there.
@@ -120,6 +124,7 @@ def add_shard(
         skip_corrupt: as for `dptaft.train`.
         ledger: as for `train_shards`.
         resume: continue where an interrupted call stopped.
+        backend: as for `train_shards`.
         progress: called with (stage, done, total).
 
     Raises:
@@ -138,7 +143,7 @@ def add_shard(
         _check_numbers(records, missing[0].name, records.digests(images.train))
     else:
         collection = _grown(collection, records, source, _next_name(records) if name is None else name)
-    _train_missing(collection, images, request, records, ledger, progress)
+    train_missing(collection, ShardTrainer(collection, images, request, records, ledger, progress), backend)
     return collection
 
 
@@ -214,24 +219,21 @@ def _check_numbers(records: Records, name: str, digests: Sequence[str]) -> None:
             raise ShardError(f"the data is not what shard {name} was made from; restore it")
 
 
-def _train_missing(
-    collection: Collection,
-    data: ImageData,
-    request: Request,
-    records: Records,
-    ledger: str | Path | None,
-    progress: Progress | None,
-) -> None:
-    """Train every shard without a run, one after the other, over features that are read once."""
-    trainer = ShardTrainer(collection, data, request, records, ledger, progress)
-    for shard in collection.shards:
-        if not (collection.path / shard.folder).exists():
-            trainer.train(shard)
-    data.warn_unreadable()
+def train_missing(collection: Collection, trainer: ShardTrainer, backend: BackendConfig) -> None:
+    """Train every shard without a run, in this process or through a backend."""
+    from dptaft.shards.parallel import PRIVATE, Place
+
+    if backend.in_this_process and not (collection.path / PRIVATE).exists():
+        for shard in collection.shards:
+            if not (collection.path / shard.folder).exists():
+                trainer.train(shard)
+    else:
+        Place(trainer, backend).train_missing()
+    trainer.data.warn_unreadable()
 
 
 class ShardTrainer:
-    """Trains shards of one data set with one model; images are read once, when the first plan is reserved.
+    """Trains shards of one data set with one model; a record is read when the plan of its shard is reserved.
 
     Args:
         collection: the parent folder.
@@ -251,11 +253,11 @@ class ShardTrainer:
         ledger: str | Path | None,
         progress: Progress | None,
     ) -> None:
-        self.collection, self.data, self.request = collection, data, request
-        self._records, self._ledger, self._progress = records, ledger, progress
+        self.collection, self.data, self.request, self.records = collection, data, request, records
+        self.progress, self._ledger = progress, ledger
         self._learner: Learner | None = None
         self._start: dict[str, Tensor] = {}
-        self._features: tuple[Cached, Cached | None] | None = None
+        self._held_out: Cached | None = None
 
     def train(self, shard: Shard, numbers: Sequence[int] | None = None) -> Run:
         """Train one shard, or go on with it where it was interrupted.
@@ -266,36 +268,90 @@ class ShardTrainer:
         """
         output = self.collection.path / shard.folder
         resume = partial_folder(output).is_dir()
-        partial = check_folders(output, resume)
-        own = [record.number for record in self._records.shards[shard.name]] if numbers is None else numbers
-        part = dataclasses.replace(self.data, train=self.data.train.take(own))
-        learner = self._untrained()
-        prepared = prepare(part, self.request, learner)
-
-        def features() -> tuple[Cached, Cached | None]:
-            whole, held_out = self._read(learner)
-            chosen = whole.features.index(torch.as_tensor(own, device=learner.device))
-            return Cached(chosen, f"{whole.digest} {list(own)}"), held_out
-
+        check_folders(output, resume)
         try:
-            run = train_prepared(
-                prepared,
-                part,
-                self.request,
-                output,
-                partial,
-                features,
-                account=self._account(shard, output, resume),
-                progress=self._staged(shard),
-                sections={"shard": self._section(shard, len(own))},
-            )
+            run = self.fit(shard, output, self.account(shard, output, resume), numbers)
         except TrainingInterruptedError:
             raise TrainingInterruptedError(
                 f"stopped in shard {shard.name}; give the same command again to go on (dptaft train with "
                 "--resume)"
             ) from None
-        write_trail(self.collection.path, "train", shard=shard.name, run=run.id, records=len(own))
+        self.note(shard, run)
         return run
+
+    def fit(self, shard: Shard, output: Path, account: Account, numbers: Sequence[int] | None = None) -> Run:
+        """Train one shard into a folder, on an account; an unfinished run beside it is continued.
+
+        Raises:
+            TrainingInterruptedError: a signal asked for a stop.
+        """
+        own = self.numbers(shard) if numbers is None else list(numbers)
+        part, prepared = self._part(own), self.plan(shard, own)
+
+        def features() -> tuple[Cached, Cached | None]:
+            cached = prepared.learner.features(part.train, self.progress, "reading images")
+            if self.data.evaluation is not None and self._held_out is None:
+                self._held_out = prepared.learner.features(
+                    self.data.evaluation, self.progress, "reading evaluation"
+                )
+            return cached, self._held_out
+
+        return train_prepared(
+            prepared,
+            part,
+            self.request,
+            output,
+            partial_folder(output),
+            features,
+            account=account,
+            progress=self._staged(shard),
+            sections={"shard": self._section(shard, len(own))},
+        )
+
+    def plan(self, shard: Shard, numbers: Sequence[int] | None = None) -> Prepared:
+        """Every public decision about a shard; no private image is read."""
+        own = self.numbers(shard) if numbers is None else numbers
+        return prepare(self._part(own), self.request, self._untrained())
+
+    def numbers(self, shard: Shard) -> list[int]:
+        """Of the records that a shard was made from."""
+        return [record.number for record in self.records.shards[shard.name]]
+
+    def note(self, shard: Shard, run: Run) -> None:
+        """Write a finished shard into the trail."""
+        count = run.config["shard"]["records"]
+        write_trail(self.collection.path, "train", shard=shard.name, run=run.id, records=count)
+
+    def account(self, shard: Shard, output: Path, resume: bool) -> Account:
+        """Where a shard is charged: as one part of its partition, to the data set that it was made from.
+
+        One that was paid for when other processes were to train it is not charged again.
+        """
+        from dptaft.shards.parallel import paid_before
+
+        payment = paid_before(self, shard, output)
+        if payment is not None:
+            return payment.account(output.name, partial_folder(output))
+        return open_account(
+            self.data,
+            self.request,
+            output,
+            ledger=self.ledger,
+            part=(self.collection.partition, shard.name),
+            content=self.records.contents[shard.name],
+            resume=resume,
+            progress=self.progress,
+        )
+
+    @property
+    def ledger(self) -> Path | None:
+        """The budget ledger; None for none."""
+        auto = self._ledger is not None and str(self._ledger) == "auto"
+        found = default_ledger(self.collection.path) if auto else self._ledger
+        return None if found is None else Path(found)
+
+    def _part(self, numbers: Sequence[int]) -> ImageData:
+        return dataclasses.replace(self.data, train=self.data.train.take(numbers))
 
     def _untrained(self) -> Learner:
         """The shared model, with its weights back where training starts."""
@@ -307,17 +363,8 @@ class ShardTrainer:
                 parameter.copy_(self._start[name])
         return self._learner
 
-    def _read(self, learner: Learner) -> tuple[Cached, Cached | None]:
-        if self._features is None:
-            cached = learner.features(self.data.train, self._progress, "reading images")
-            held_out = None
-            if self.data.evaluation is not None:
-                held_out = learner.features(self.data.evaluation, self._progress, "reading evaluation")
-            self._features = cached, held_out
-        return self._features
-
     def _staged(self, shard: Shard) -> Progress | None:
-        report = self._progress
+        report = self.progress
         if report is None:
             return None
         return lambda stage, done, total: report(f"shard {shard.name}: {stage}", done, total)
@@ -329,17 +376,3 @@ class ShardTrainer:
             "assignment": shard.assignment,
             "records": records,
         }
-
-    def _account(self, shard: Shard, output: Path, resume: bool) -> Account:
-        """Where a shard is charged: as one part of its partition, to the data set that it was made from."""
-        auto = self._ledger is not None and str(self._ledger) == "auto"
-        return open_account(
-            self.data,
-            self.request,
-            output,
-            ledger=default_ledger(self.collection.path) if auto else self._ledger,
-            part=(self.collection.partition, shard.name),
-            content=self._records.contents[shard.name],
-            resume=resume,
-            progress=self._progress,
-        )

@@ -185,7 +185,9 @@ def _settle(
         bill = whole.bill(images, f"sweep {folder.name}")
         fields = charge(bill, ledger, folder / f"ledger-{name}.json")
         wholes[data.name] = whole
-        payments[data.name] = Payment(published_fields(whole, fields), spendings, folder / FINISHED)
+        payments[data.name] = Payment(
+            published_fields(whole, fields), spendings, folder / FINISHED, bill.content
+        )
         _write_whole(folder / f"privacy-{name}.json", whole, fields)
     return payments, wholes
 

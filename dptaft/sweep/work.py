@@ -11,9 +11,10 @@ import torch
 
 import dptaft
 from dptaft.backends.attempts import Attempt, StopRequestedError
+from dptaft.budgeting import content_digest
 from dptaft.data import ImageData
 from dptaft.learner import Learner, Progress
-from dptaft.prepaid import Payment
+from dptaft.prepaid import Payment, PaymentError
 from dptaft.runs import Run
 from dptaft.sweep.points import SweepPoint, Task, load_source
 from dptaft.sweep.shared import Boundaries, memory_share, use_fastest_layout
@@ -56,6 +57,7 @@ class Worker:
         self.folder, self.public = folder, public
         self._most_bytes = memory_share() if most_bytes is None else most_bytes
         self._images: dict[str, ImageData] = {}
+        self._contents: dict[str, str] = {}
         self._boundaries = Boundaries()
 
     def images(self, point: SweepPoint) -> ImageData:
@@ -63,6 +65,21 @@ class Worker:
         if point.data.name not in self._images:
             self._images[point.data.name] = load_source(point.data, self.public)
         return self._images[point.data.name]
+
+    def check_content(self, point: SweepPoint, content: str | None) -> None:
+        """Refuse records other than those that were charged, which the same path may hold on another machine.
+
+        Raises:
+            PaymentError: they are others.
+        """
+        name = point.data.name
+        if content is not None and name not in self._contents:
+            self._contents[name] = content_digest(self.images(point).train)
+        if content is not None and self._contents[name] != content:
+            raise PaymentError(
+                f"{point.data.source} on this machine holds other records than those that were charged; give "
+                "every machine the same data"
+            )
 
     def output(self, point: SweepPoint) -> Path:
         """Run folder of a point."""
@@ -202,6 +219,7 @@ def run_task(
     torch.set_num_threads(threads)
     worker = _worker(public, most_bytes)
     worker.folder = attempt.work
+    worker.check_content(task.points[0], payment.content)
     points = tuple(point for point in task.points if point.id in attempt.names)
     try:
         outcomes = worker.run(replace(task, points=points), replace(payment, lease=attempt.lease))

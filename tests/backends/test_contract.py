@@ -1,5 +1,6 @@
 """What every backend promises, and what the parent makes of it: one result per name, whoever dies."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -63,9 +64,10 @@ def test_killed_jobs_are_continued_and_others_do_not_notice(config, place, tmp_p
     ]
     settings = BackendConfig(config.kind, config.jobs, {**config.options, "retries": 1})
     found, seen = {}, []
-    for outcomes in run_work(work, settings.open(tmp_path / "jobs"), place, settings):
-        found |= outcomes
-        seen.append(outcomes)
+    with contextlib.closing(settings.open(tmp_path / "jobs")) as backend:
+        for outcomes in run_work(work, backend, place, settings):
+            found |= outcomes
+            seen.append(outcomes)
     assert len(seen) == 4  # as they end, not all at the end
     assert found.pop("always").startswith("lost 2 times, at last: its ")
     assert found == {"well": None, "broken": "cannot be made", "once": None, "bang": "no such luck"}
@@ -100,7 +102,8 @@ def test_a_signal_stops_running_jobs_and_withdraws_the_others(config, place, tmp
 def test_logs_and_pickles_are_private_and_hold_paths_only(tmp_path, place):
     pytest.importorskip("submitit")
     config = BackendConfig("submitit", 1, {"cluster": "local"})
-    list(run_work([Work(("a",), backending.make, ())], config.open(tmp_path / "jobs"), place, config))
+    with contextlib.closing(config.open(tmp_path / "jobs")) as backend:
+        list(run_work([Work(("a",), backending.make, ())], backend, place, config))
     assert (tmp_path / "jobs").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "attempts").stat().st_mode & 0o777 == 0o700
     assert any((tmp_path / "jobs").rglob("*.pkl"))

@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import tomli_w
+from backending import entries
 from builders import small_images
 from click.testing import CliRunner
 from safetensors.numpy import load_file
@@ -26,7 +27,6 @@ from dptaft.sweep.recipe import RecipeError
 from dptaft.sweep.runner import RUNS, run_sweep
 from dptaft.training.steps import TrainingInterruptedError
 from dptaft.verification import verify
-from dptaft_accounting.ledger import Ledger
 
 CONFIGS = {
     "serial": BackendConfig(),
@@ -41,12 +41,6 @@ def few(folder, count=24):
     images, labels = small_images(count)
     np.savez(folder / "few.npz", images=images.clip(0, 1), labels=labels)
     return [{"name": "few", "source": str(folder / "few.npz"), "classes": ["a", "b", "c"]}]
-
-
-def entries(folder):
-    ledger = Ledger(folder / "ledger.sqlite")
-    assert ledger.verify() == []
-    return [entry for name in ledger.datasets() for entry in ledger.account(name).entries]
 
 
 def weights(folder, point):
@@ -114,7 +108,7 @@ def kill_workers(folder, done):
 
 
 def long_recipe(root, **options):
-    return recipe("publish-all", seeds=(0, 1), epsilons=[3.0], steps=1500, data=few(root), **options)
+    return recipe("publish-all", epsilons=[1.0, 3.0], steps=1500, data=few(root), **options)
 
 
 def test_a_killed_worker_costs_nothing_more_and_stops_no_other(tmp_path):
