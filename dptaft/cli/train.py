@@ -159,6 +159,7 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
     """Train privately on labelled images and write runs/<id>/.
 
     With no option but --epsilon it trains on scikit-learn's handwritten digits with the bundled backbone.
+    Several processes share the records: `torchrun --nproc-per-node N -m dptaft train ...`.
     """
     shards = {name: options.pop(name) for name in ("shards", "shards_of", "public_shards")}
     backend = chosen_backend({name: options.pop(name) for name in ("backend", "jobs", "backend_option")})
