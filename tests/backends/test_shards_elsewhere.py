@@ -131,13 +131,13 @@ def test_shards_that_are_interrupted_go_on_in_one_process(few, tmp_path):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(TrainingInterruptedError, match="the same command goes on"):
-        train(few, parent, steps=1500, backend=TWO)
+        train(few, parent, steps=600, backend=TWO)
     thread.join()
     saved = [json.loads(path.read_text())["authorised"] for path in parent.glob("*.partial/progress.json")]
     assert saved
-    made = train(few, parent, steps=1500, resume=True)
+    made = train(few, parent, steps=600, resume=True)
     executed = [dptaft.load_run(path).statement.mechanism["steps_executed"] for path in made.runs()]
-    assert executed == [1500] * 3
+    assert executed == [600] * 3
     assert len(entries(tmp_path)) == 3
     assert not (parent / ".parallel" / "attempts").exists()
 
