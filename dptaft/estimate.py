@@ -205,7 +205,9 @@ def _seconds(
     cached = request.performance.feature_cache is not None
     in_step = records * plan.sampling.rate
     block = max(1, min(MOST_BLOCK_STEPS, plan.steps // 20))
-    per_step = in_step * (probe.sum_seconds + (probe.record_bytes * probe.read_seconds if reread else 0.0))
+    fetched = 0.0 if plan.sampling.kind == "full-batch" else probe.pick_seconds
+    fetched += probe.record_bytes * probe.read_seconds if reread else 0.0
+    per_step = in_step * (probe.sum_seconds + fetched)
     return {
         "identify": (records + (images if cached else 0)) * probe.identify_seconds / workers,
         "features": images * (probe.image_seconds + probe.feature_seconds) / workers,

@@ -63,6 +63,7 @@ class Probe:
         finish_seconds: accounting at the start and for the statement.
         write_seconds: to write one byte of features, with its checksum.
         check_seconds: to check one byte of features that was just written.
+        pick_seconds: to bring one sampled record of a cache into memory.
         read_seconds: to read one byte of features that is not in memory.
         record_bytes: constants of one record on disk (with its Gram where kept) or in memory.
         gram_bytes: of one record in memory, 0 where none is held.
@@ -84,6 +85,7 @@ class Probe:
     finish_seconds: float
     write_seconds: float
     check_seconds: float
+    pick_seconds: float
     read_seconds: float
     record_bytes: int
     gram_bytes: int
@@ -124,7 +126,7 @@ def measure(
     extracting = peak_resident() - before
     whole = min(FEATURE_BATCH, len(data.train)) / len(features)  # of a batch, of which time allowed a part
     cache = request.performance.feature_cache
-    write_s, check_s, read_s = (0.0, 0.0, 0.0) if cache is None else _disk(features, existing_folder(cache))
+    disk = _Disk(0.0, 0.0, 0.0, 0.0) if cache is None else _disk(features, existing_folder(cache))
     count = _batch(prepared, request, data, features, available)
     sums = _sums(prepared, request, features, count)
     block_s, finish_s = _bookkeeping(prepared, request, data, features)
@@ -132,9 +134,10 @@ def measure(
         image_seconds=image_s,
         identify_seconds=identify_s,
         feature_seconds=feature_s,
-        write_seconds=write_s,
-        check_seconds=check_s,
-        read_seconds=read_s,
+        write_seconds=disk.write_seconds,
+        check_seconds=disk.check_seconds,
+        pick_seconds=disk.pick_seconds,
+        read_seconds=disk.read_seconds,
         record_bytes=features.nbytes // len(features),
         draw_seconds=_draw_seconds(prepared, request),
         batch=count,
@@ -191,11 +194,11 @@ def _image_seconds(read: Callable[[int], Tensor], preprocessing: Preprocessing) 
     return prepare, _rate(lambda i: digest.add(read(i)))
 
 
-def _rate(work: Callable[[int], object], seconds: float = _SECONDS / 8) -> float:
+def _rate(work: Callable[[int], object], share: float = 1 / 8) -> float:
     """Seconds of one call, after a first one that is not counted."""
     work(0)
     started, done = time.perf_counter(), 0
-    while done < 3 or time.perf_counter() - started < seconds:
+    while done < 3 or time.perf_counter() - started < share * _SECONDS:
         work(done)
         done += 1
     return (time.perf_counter() - started) / done
@@ -247,22 +250,33 @@ def existing_folder(path: str | None) -> Path:
     return next(folder for folder in (wanted, *wanted.parents) if folder.is_dir())
 
 
-def _disk(features: Features, folder: Path) -> tuple[float, float, float]:
-    """Seconds per byte to write features, to check them, and to read them from the disk itself."""
+@dataclass(frozen=True)
+class _Disk:
+    """Fields of `Probe`."""
+
+    write_seconds: float
+    check_seconds: float
+    pick_seconds: float
+    read_seconds: float
+
+
+def _disk(features: Features, folder: Path) -> _Disk:
+    """Write features, check them, pick some, and read them from the disk itself."""
     parts = max(1, min(_DISK_BYTES, 4096 * features.nbytes) // features.nbytes)
-    amount = parts * features.nbytes
+    amount, count = parts * features.nbytes, parts * len(features)
     with _scratch(folder) as scratch:
         root = scratch / "features"
-        write = _once(
-            lambda: write_features(root, _KEY, (features for _ in range(parts)), parts * len(features))
-        )
+        write = _once(lambda: write_features(root, _KEY, (features for _ in range(parts)), count))
         check = _once(lambda: read_features(root, _KEY))
+        stored = read_features(root, _KEY)
+        some = torch.randperm(count)[: min(count, DEFAULT_PIECE)].sort().values
+        pick = _rate(lambda _: stored.index(some)) / len(some)
         files = list((root / _KEY).iterdir())
         for path in files:
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         read = _once(lambda: _drain(files))
-    return write / amount, check / amount, read / amount
+    return _Disk(write / amount, check / amount, pick, read / amount)
 
 
 def _drain(paths: Sequence[Path]) -> None:
@@ -316,7 +330,10 @@ def _sums(prepared: Prepared, request: Request, features: Features, count: int) 
             adjacency=cast(Adjacency, prepared.plan.adjacency),
         )
 
-    build_s = min(_once(build) for _ in range(2))
+    def build_and_end() -> None:
+        _end(build())
+
+    build_s = min(_once(build_and_end) for _ in range(2))
     engine = build()
 
     def clipped() -> ClippedSum:
@@ -325,9 +342,10 @@ def _sums(prepared: Prepared, request: Request, features: Features, count: int) 
         return found
 
     clipped()
-    sum_s = _rate(lambda _: clipped(), _SECONDS / 2)
+    sum_s = _rate(lambda _: clipped(), 1 / 2)
     with _rehearsal(prepared, request, many, labels) as state:
-        both = _rate(lambda _: state.private.private_step(clipped()), _SECONDS / 2)
+        both = _rate(lambda _: state.private.private_step(clipped()), 1 / 2)
+    _end(engine)
     on_disk = request.performance.feature_cache is not None
     held = isinstance(engine, FusedEngine) and engine.holds_grams and not on_disk
     return _Sums(
@@ -336,6 +354,11 @@ def _sums(prepared: Prepared, request: Request, features: Features, count: int) 
         sum_seconds=sum_s / count,
         step_seconds=max(0.0, both - sum_s),
     )
+
+
+def _end(engine: FusedEngine | OpacusEngine) -> None:
+    if isinstance(engine, OpacusEngine):
+        engine.close()  # takes its hooks off the model
 
 
 def _draw_seconds(prepared: Prepared, request: Request) -> float:

@@ -1,8 +1,8 @@
 """Features that stay on disk: a slice is a mapping of its pages, a sample is read; nothing else is in memory.
 
 A slice of consecutive examples is mapped on its own and unmapped with its last tensor, so that the resident
-set of a process is that of one piece and not of every page it ever touched. Examples picked by number are
-read, each with one call, so that a sparse sample fetches no page but its own.
+set of a process is that of one piece and not of every page it ever touched. Large examples picked by number
+are read, each with one call; small ones are copied from a mapping, a few at a time, which is quicker.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 from dptaft.tangent.operator import Features
+
+_LARGE = 1 << 15
+"""Bytes of an example from which one call for it costs less than the faults of its pages."""
+_MAPPED = 128
 
 
 class StoredTensor:
@@ -52,7 +56,7 @@ class StoredTensor:
         return torch.frombuffer(pages, dtype=self.dtype, count=count, offset=first - page).view(shape)
 
     def pick(self, indices: Tensor) -> Tensor:
-        """The examples of these numbers, in that order; consecutive ones are read at once.
+        """The examples of these numbers, in that order; ascending numbers are read forwards.
 
         Raises:
             IndexError: a number outside 0..n-1.
@@ -64,11 +68,23 @@ class StoredTensor:
         out = torch.empty(len(numbers), *self.shape[1:], dtype=self.dtype)
         if out.numel() == 0:
             return out
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        if self._row < _LARGE:
+            self._copy(out, numbers)
+        else:
+            self._read_all(out, numbers)
+        return out
+
+    def _copy(self, out: Tensor, numbers: Tensor) -> None:
+        for start in range(0, len(numbers), _MAPPED):  # every example makes pages around it resident
+            few = numbers[start : start + _MAPPED]
+            first, last = int(few.min()), int(few.max())
+            torch.index_select(self.rows(first, last + 1), 0, few - first, out=out[start : start + len(few)])
+
+    def _read_all(self, out: Tensor, numbers: Tensor) -> None:
+        view = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         gaps = (torch.nonzero(numbers[1:] != numbers[:-1] + 1).squeeze(1) + 1).tolist()
         for begin, end in pairwise([0, *gaps, len(numbers)]):
             self._read(view[begin * self._row : end * self._row], int(numbers[begin]) * self._row)
-        return out
 
     def _read(self, into: memoryview, offset: int) -> None:
         while into:

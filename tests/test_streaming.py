@@ -9,7 +9,7 @@ from builders import small_data
 from timm.models.vision_transformer import VisionTransformer
 
 import dptaft
-from dptaft import estimate_room
+from dptaft import estimate_room, stored_features
 from dptaft.estimate_room import available_memory
 from dptaft.feature_cache import read_features, write_features
 from dptaft.features import build_features, keeps_grams
@@ -72,7 +72,10 @@ def pair(tmp_path):
     ],
     ids=str,
 )
-def test_a_part_of_stored_features_is_that_part(pair, selection):
+@pytest.mark.parametrize("large", [0, 1 << 15], ids=["read", "copied"])
+def test_a_part_of_stored_features_is_that_part(pair, selection, large, monkeypatch):
+    monkeypatch.setattr(stored_features, "_LARGE", large)
+    monkeypatch.setattr(stored_features, "_MAPPED", 3)
     memory, stored = pair
     expected, found = memory.index(selection), stored.index(selection)
     assert set(found.tensors) == set(expected.tensors)
@@ -112,8 +115,11 @@ def test_a_deleted_cache_can_still_be_read(pair, tmp_path):
         assert torch.equal(stored.index(selection)["a"], memory["a"][5:6])
 
 
-def test_a_file_that_became_short_is_an_error_and_no_crash(pair, tmp_path):
+def test_a_file_that_became_short_is_an_error_and_no_crash(pair, tmp_path, monkeypatch):
     os.truncate(tmp_path / KEY / "a.bin", 100)
+    with pytest.raises(ValueError, match="greater than file size"):
+        pair[1].index(torch.tensor([N - 1]))
+    monkeypatch.setattr(stored_features, "_LARGE", 0)
     with pytest.raises(OSError, match="shorter"):
         pair[1].index(torch.tensor([N - 1]))
     with pytest.raises(ValueError, match="greater than file size"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from dptaft.data.pixels import CheckedPixels, DataError, ItemPixels, Pixels, Subset
 
 HOLD_OUT_EVERY = 5
+_COMPARED = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,17 @@ class ImageData:
         if "" in self.classes or len(set(self.classes)) < len(self.classes):
             raise DataError(f"the class names {', '.join(self.classes)} must differ and not be empty")
         for split in (self.train, self.evaluation):
-            if split is not None and len(split) and int(split.labels.min()) < 0:
-                raise DataError(f"{self.name} has the label {int(split.labels.min())}; labels start at 0")
-            if split is not None and len(split) and int(split.labels.max()) >= len(self.classes):
-                raise DataError(
-                    f"{self.name} has the label {int(split.labels.max())} but {len(self.classes)} classes; "
-                    "declare all classes"
-                )
+            for part in () if split is None else _written(split.labels).split(_COMPARED):
+                self._check_labels(part)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if len(labels) and int(labels.min()) < 0:
+            raise DataError(f"{self.name} has the label {int(labels.min())}; labels start at 0")
+        if len(labels) and int(labels.max()) >= len(self.classes):
+            raise DataError(
+                f"{self.name} has the label {int(labels.max())} but {len(self.classes)} classes; "
+                "declare all classes"
+            )
 
     @classmethod
     def from_torch(
@@ -165,6 +170,11 @@ class ImageData:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _written(labels: Tensor) -> Tensor:
+    """The labels, or the one that stands for all where they are a view of one."""
+    return labels[:1] if labels.stride(0) == 0 else labels
 
 
 def _torch_split(dataset: Any, name: str, skip: bool) -> Split:
