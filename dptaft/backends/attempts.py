@@ -179,6 +179,7 @@ class Attempts:
             Names with an execution that may still run, each with what to do.
         """
         doubtful: dict[str, str] = {}
+        end = time.monotonic() + _PATIENCE  # a process whose parent died stops by itself
         for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
             if folder.name.startswith(_GONE):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -186,7 +187,6 @@ class Attempts:
             attempt = self._found(folder)
             if attempt is None:
                 continue
-            end = time.monotonic() + _PATIENCE  # a process whose parent died stops by itself
             while attempt.runs_here() and time.monotonic() < end:
                 time.sleep(0.2)
             job = (read_owner(folder / "job.json") or {}).get("job", "")

@@ -66,7 +66,7 @@ class BackendConfig:
             raise BackendError(f"the backend option {name} is {value!r}; it must be positive")
         if name == "cluster" and value not in ("slurm", "local"):
             raise BackendError(f"the backend option cluster is {value!r}; it must be slurm or local")
-        if name == "resources" and not all(isinstance(v, _NUMBER) for v in value.values()):
+        if isinstance(value, Mapping) and not all(isinstance(v, _NUMBER) for v in value.values()):
             raise BackendError(f"the backend option resources is {value!r}; it must map names to numbers")
 
     @classmethod
@@ -83,7 +83,7 @@ class BackendConfig:
             kind: ``--backend``; None takes the one of the table, or ``local``.
             jobs: ``--jobs``.
             texts: ``--backend-option key=value``, values as in TOML or plain text.
-            table: ``kind``, ``jobs`` and options; its options count only for the kind that it names.
+            table: ``kind``, ``jobs`` and options, which count only for the kind that it names.
 
         Raises:
             BackendError: as for the class, or a text without ``=``.
@@ -96,7 +96,9 @@ class BackendConfig:
         asked = given.pop("jobs", None)
         if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool)):
             raise BackendError(f"jobs is {asked!r}; it must be a whole number")
-        options = given if kind in (None, named) else {}
+        if kind not in (None, named):
+            given, asked = {}, None
+        options = given
         for text in texts:
             name, sign, value = text.partition("=")
             if not sign or not name.strip():

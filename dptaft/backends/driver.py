@@ -26,6 +26,7 @@ from dptaft.training.steps import TrainingInterruptedError
 
 _POLL = 0.5
 _GRACE = 60.0
+_NONE: Mapping[str, str] = {}
 
 Outcomes = dict[str, str | None]
 """Why a name was not finished; None for a finished one."""
@@ -63,7 +64,8 @@ def run_work(
     Formal guarantees:
         Those of `Attempts`. Nothing is charged here: work comes with what was paid for it.
     """
-    waiting, running = deque(work), dict[str, tuple[Work, Attempt]]()
+    waiting = deque(work)
+    running: dict[str, tuple[Work, Attempt]] = {}
     try:
         with GracefulStop((signal.SIGTERM, signal.SIGINT)) as stop:
             while (waiting or running) and not stop.requested:
@@ -98,7 +100,7 @@ def _take_in(
     report: Report, work: Work, attempt: Attempt, attempts: Attempts, retries: int
 ) -> tuple[Outcomes, Work | None]:
     """What an ended execution made, and what is left to be tried again."""
-    how, failed = report.value or (LOST, {})
+    how, failed = (LOST, _NONE) if report.value is None else report.value
     if how == DONE and not await_visible(attempt, [name for name in work.names if name not in failed]):
         return dict.fromkeys(work.names, f"its result is not to be seen in {attempt.work}"), None
     done = attempts.settle(attempt, report.ended and how != TWICE)

@@ -109,6 +109,7 @@ def _serve(connection: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             function, arguments = connection.recv()
+            answer: tuple[Any, str | None]
             try:
                 answer = (function(*arguments), None)
             except Exception as error:

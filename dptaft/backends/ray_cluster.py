@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ class RayBackend:
                     address=options.get("address"),
                     include_dashboard=None if options.get("address") else False,
                     log_to_driver=False,
-                    logging_level="warning",
+                    logging_level=logging.WARNING,
                 )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise BackendError(

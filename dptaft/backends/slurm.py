@@ -76,7 +76,7 @@ class SubmititBackend:
         """Whether Slurm reports a final state."""
         if self._cluster != "slurm":
             return False
-        found = self._submitit.SlurmJob(self._folder, job)
+        found: Any = self._submitit.SlurmJob(self._folder, job)
         return str(found.state).split(" ")[0].rstrip("+") in _ENDED
 
     def close(self) -> None:

@@ -198,7 +198,7 @@ def _spendings(points: Sequence[SweepPoint], worker: Worker) -> dict[str, Spendi
     Raises:
         RecipeError: a point whose cost is not known before it is trained.
     """
-    found = {}
+    found: dict[str, Spending] = {}
     for task in group(points):
         try:
             plans = worker.plans(task)

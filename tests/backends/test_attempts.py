@@ -247,6 +247,7 @@ def test_options_of_the_command_line_win_over_the_recipe():
     assert BackendConfig.parse(None, None, (), table) == BackendConfig(
         "submitit", 8, {"partition": "cpu", "cpus": 2}
     )
+    assert BackendConfig.parse("ray", None, (), table) == BackendConfig("ray")
     mine = BackendConfig.parse(None, 3, ("partition=gpu", "gpus=1"), table)
     assert mine == BackendConfig("submitit", 3, {"partition": "gpu", "cpus": 2, "gpus": 1})
     assert BackendConfig.parse("ray", None, ("resources={tpu = 1}",), table).options == {

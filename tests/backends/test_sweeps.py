@@ -207,6 +207,34 @@ def test_points_that_may_still_be_trained_are_named_and_left_alone(swept, tmp_pa
     assert run_sweep(made, folder).failed == ()
 
 
+def test_other_machines_refuse_other_data_and_lost_one_shot_points(tmp_path):
+    """The same path leads to other records; and what cannot go on is not begun again."""
+    from dptaft.backends.attempts import Attempts
+    from dptaft.budgeting import content_digest
+    from dptaft.prepaid import Payment, PaymentError
+    from dptaft.sweep.points import group, load_source
+    from dptaft.sweep.work import Worker, run_task
+
+    shot = {"name": "shot", "scope": "head", "method": "output-perturbation"}
+    made = recipe(methods=(shot,), epsilons=[3.0], steps=None, data=few(tmp_path))
+    (point,), (task,) = expand(made), group(expand(made))
+    content = content_digest(load_source(point.data, True).train)
+    attempt = Attempts(tmp_path / "attempts", tmp_path).grant([point.id])
+    attempt.begin()
+    with pytest.raises(PaymentError, match="holds other records than those that were charged"):
+        run_task(attempt, task, Payment({}, {}, None, "0" * 64), True, 1, 1 << 28)
+    plans = Worker(tmp_path, True).plans(task)
+    paid = {point.id: plans[point.id].spending()}
+    payment = Payment({}, paid, tmp_path / "finished", content)
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / point.id).write_bytes(b"begun")  # by an execution that was killed
+    failed = run_task(attempt, task, payment, True, 1, 1 << 28)
+    assert "was begun, and its state is lost: a second result costs again" in failed[point.id]
+    (tmp_path / "finished" / point.id).unlink()
+    assert run_task(attempt, task, payment, True, 1, 1 << 28) == {}
+    assert (tmp_path / "finished" / point.id).read_bytes() == b"finished"
+
+
 def test_command_line_chooses_the_backend(tmp_path):
     path = tmp_path / "mine.toml"
     content = dict(recipe(data=few(tmp_path)).content) | {"backend": {"kind": "submitit", "queue": "long"}}
