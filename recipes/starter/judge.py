@@ -152,6 +152,21 @@ def kernel_ridge(kernel: Tensor, task: Task) -> float:
     return best
 
 
+def judge_pixels(tasks: dict[str, Task]) -> dict[str, float]:
+    """The same without a backbone: probe of the pixels, and kernel ridge with a Gaussian of their distance.
+
+    The width of the Gaussian is the mean distance of two training images divided by sqrt(8).
+    """
+    found = {}
+    for name, task in tasks.items():
+        pixels = task.images.flatten(1)
+        found[f"{name} probe"] = linear_probe(pixels, task)
+        squared = torch.cdist(pixels, pixels[: task.train]).square_()
+        kernel = squared.mul_(-4 / squared[: task.train].mean()).exp_()
+        found[f"{name} tangent"] = kernel_ridge(kernel, task)
+    return found
+
+
 def judge(model: VisionTransformer, tasks: dict[str, Task]) -> dict[str, float]:
     """Held-out accuracies by task: probe of the class token, and tangent."""
     model.eval()
