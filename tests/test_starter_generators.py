@@ -140,8 +140,14 @@ def test_characters_have_no_parameters_to_regress():
         Parameters(small_model(), make_sampler("characters"))
 
 
-@pytest.mark.parametrize("stem", ["patches", "convolutions"])
-@pytest.mark.parametrize("objective", ["classes", "parameters", "masked", "bottleneck", "contrastive"])
+OBJECTIVES = ("classes", "parameters", "masked", "bottleneck", "contrastive")
+
+
+@pytest.mark.parametrize(
+    ("objective", "stem"),
+    [(objective, "patches") for objective in OBJECTIVES]
+    + [("masked", "convolutions"), ("parameters", "convolutions"), ("parameters", "scattering")],
+)
 def test_the_loss_falls_and_the_class_token_learns(objective, stem):
     from generators import make_sampler
     from objectives import OBJECTIVES

@@ -33,6 +33,7 @@ class Drawing(NamedTuple):
 class Sampler(Protocol):
     """Draws batches of images."""
 
+    channels: int
     num_classes: int
     num_parameters: int
 

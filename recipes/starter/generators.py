@@ -35,7 +35,7 @@ class Mixture:
     """Images of several generators in equal shares: classes one after the other, parameters side by side."""
 
     def __init__(self, samplers: list[Sampler]) -> None:
-        self.samplers = samplers
+        self.samplers, self.channels = samplers, samplers[0].channels
         self.num_classes = sum(s.num_classes for s in samplers)
         self.num_parameters = sum(s.num_parameters for s in samplers)
 

@@ -70,7 +70,7 @@ class Masked(nn.Module):
         self.patch = model.patch_embed.patch_size[0]
         width, narrow = model.embed_dim, model.embed_dim // 2
         tokens = model.patch_embed.num_patches
-        channels = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d)).in_channels
+        channels = sampler.channels
         self.narrow = nn.Linear(width, narrow)
         self.absent = nn.Parameter(torch.zeros(1, 1, narrow))
         self.place = nn.Parameter(0.02 * torch.randn(1, tokens + 1, narrow))
@@ -108,7 +108,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.model, self.blanked = model, blanked
         size = model.patch_embed.img_size[0]
-        channels = next(m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d)).in_channels
+        channels = sampler.channels
         self.out = nn.Sequential(
             nn.Linear(model.embed_dim, 256), nn.GELU(), nn.Linear(256, channels * size**2)
         )

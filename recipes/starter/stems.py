@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from objectives import MEAN, STD
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from dptaft.scattering import CHANNELS, FLOOR, Scattering
 
 
 class ConvolutionalStem(nn.Module):
@@ -41,7 +45,38 @@ class ConvolutionalStem(nn.Module):
         return self.layers(images).flatten(2).transpose(1, 2)
 
 
-STEMS: dict[str, Any] = {"patches": PatchEmbed, "convolutions": ConvolutionalStem}
+class ScatteringStem(nn.Module):
+    """Fixed log-scattering coefficients of cells of 4 pixels, and one learned linear map for all cells."""
+
+    def __init__(
+        self, img_size: int, patch_size: int = 4, in_chans: int = 1, embed_dim: int = 128, **_: object
+    ) -> None:
+        super().__init__()
+        if patch_size != 4 or img_size % 4 or in_chans != 1:
+            raise ValueError(
+                f"the stem takes grey images in cells of 4, got {in_chans} channels, "
+                f"{img_size} pixels and patches of {patch_size}"
+            )
+        self.img_size, self.patch_size = (img_size, img_size), (4, 4)
+        self.grid_size = (img_size // 4, img_size // 4)
+        self.num_patches = self.grid_size[0] ** 2
+        self.scattering = Scattering()
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.map = nn.Linear(CHANNELS, embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens (n, size / 4 squared, width) of normalised images (n, 1, size, size)."""
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            coefficients = self.scattering(images.float() * STD + MEAN).clamp(min=0)
+            logarithms = (coefficients + FLOOR).log().flatten(2).transpose(1, 2)
+        return self.map(self.norm(logarithms))
+
+
+STEMS: dict[str, Any] = {
+    "patches": PatchEmbed,
+    "convolutions": ConvolutionalStem,
+    "scattering": ScatteringStem,
+}
 
 
 def build_model(architecture: dict[str, Any], stem: str, num_classes: int = 0) -> VisionTransformer:
