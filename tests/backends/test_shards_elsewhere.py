@@ -167,11 +167,15 @@ def test_images_in_memory_stay_in_one_process(tmp_path):
         train_shards(small_data(), 2, output=tmp_path / "s", epsilon=3.0, steps=2, ledger=None, backend=TWO)
 
 
-def test_command_line_and_a_shard_that_comes_later(both, few):
-    made = both["parallel"]
+def test_a_single_training_has_no_backend():
     wrong = CliRunner().invoke(main, ["train", "--epsilon", "3", "--jobs", "2"])
     assert wrong.exit_code == 2
     assert "are for the trainings of --shards" in " ".join(wrong.output.split())
+
+
+@pytest.mark.slow
+def test_a_shard_that_comes_later_is_trained_elsewhere_as_well(both):
+    made = both["parallel"]
     images, labels = small_images(30, seed=9)
     np.savez(made.path.parent / "new.npz", images=images.clip(0, 1), labels=labels)
     given = ["--data", str(made.path.parent / "new.npz"), "--classes", "a,b,c", "--jobs", "2", "--json"]
