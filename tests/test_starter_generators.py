@@ -175,16 +175,11 @@ def test_hidden_parameters_do_not_count():
 
     sampler = make_sampler("silhouettes")
     module, drawing = Parameters(small_model(), sampler), draw(sampler, 8)
-    other = drawing._replace(
-        parameters=torch.where(drawing.parameters.isnan(), torch.nan, drawing.parameters)
-    )
-    changed = drawing.parameters.clone()
-    column = int(changed.isnan().any(0).nonzero()[0])
-    changed[changed[:, column].isfinite(), column] += 1.0
-    loss = module(drawing, torch.Generator())
-    assert loss.isfinite()
-    assert loss == module(other, torch.Generator())
-    assert loss != module(drawing._replace(parameters=changed), torch.Generator())
+    torch.nn.init.zeros_(module.head[-1].weight)
+    torch.nn.init.ones_(module.head[-1].bias)  # answers 1 to everything
+    known = drawing.parameters[drawing.parameters.isfinite()].clamp(-2, 2)
+    assert 0 < len(known) < drawing.parameters.numel()
+    torch.testing.assert_close(module(drawing, torch.Generator()), (1 - known).square().mean())
 
 
 def test_the_tangent_kernel_is_that_of_gradients_by_autograd():
