@@ -108,7 +108,7 @@ class Learner:
     @property
     def keeps_grams(self) -> bool:
         """Whether Grams are kept with the features in a cache."""
-        used = self.engine_kind == "fused" and not self.config.is_one_shot
+        used = self.engine_kind == "fused" and not self.config.is_one_shot and self.operator.kind != "head"
         return used and keeps_grams(self.bytes_per_record, self.operator.num_classes)
 
     def _choose_engine(self) -> str:
