@@ -1,9 +1,9 @@
-"""Throughput of two processes against one: building the feature cache, and fused training steps.
+"""Throughput of two processes against one: building the feature cache, and private steps (fused engine).
 
 Three settings take turns: one process with one thread, two processes with one thread each, and one process
 with two threads. Every turn is a fresh start; the best of all turns counts, which other work on the machine
-disturbs least. Beside the time on the clock stands the processor time of the busier process, which tells
-what would be possible on a machine that nobody else uses. Images and weights are random.
+disturbs least (``cores_used_by_others`` says how much there was). Beside the time on the clock stands the
+processor time of the busier process. Images are random.
 
     python benchmarks/parallel.py --quick
     python benchmarks/parallel.py --output benchmarks/results/parallel.json
@@ -49,6 +49,8 @@ def work(images: int, steps: int, threads: int) -> dict[str, Any]:
     from dptaft.distributed.process_group import joined
     from dptaft.distributed.ranks import OneProcess
     from dptaft.distributed.share import Share
+    from dptaft.training.noise import NoiseSource
+    from dptaft.training.optimizers import OptimizerConfig, build_optimizer
     from dptaft.training.plan import ModelConfig, PerformanceConfig, PrivacyConfig, Request, Sampling
 
     generator = torch.Generator().manual_seed(0)
@@ -70,11 +72,25 @@ def work(images: int, steps: int, threads: int) -> dict[str, Any]:
             "random",
         )
         share = Share(ranks, data, request)
-        share.build()
+        learner = share.build()
         found = {"cache": timed(share.features)}
         share.begin(Sampling("full-batch"), 1.0, "zero-out")
-        share.step()
-        found["steps"] = timed(lambda: [share.step() for _ in range(steps)])
+        private = build_optimizer(
+            learner.parameters,
+            OptimizerConfig(learning_rate=1e-3),
+            noise_multiplier=1.0,
+            l2_clip_norm=1.0,
+            expected_batch_size=images,
+            source=NoiseSource(),
+        )
+
+        def step() -> None:
+            clipped, _ = share.step()
+            if ranks.is_first:
+                private.private_step(clipped)
+
+        step()
+        found["steps"] = timed(lambda: [step() for _ in range(steps)])
     return found
 
 
