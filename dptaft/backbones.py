@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -17,9 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dptaft.features import tensors_digest
+from dptaft.scattering import ScatteringEmbed
 from dptaft.tangent.initialise import initialise_head
 
 STARTER = "starter"
+STARTERS = {
+    STARTER: ("starter", "bundled; pretrained on rendered characters only"),
+    "starter-scattering": ("scattering", "bundled; fitted to rendered silhouettes and characters only"),
+}
+"""Bundled backbones: name of their files and where the weights come from."""
 _STARTER_FILES = files("dptaft") / "starter"
 _LONGEST = 16
 """Longer images, relative to their shorter side, are cut before they are resized."""
@@ -91,7 +96,7 @@ class Backbone:
     """A pretrained model with a new classification head, frozen.
 
     Attributes:
-        name: ``starter`` or a timm name.
+        name: of a bundled starter, or a timm name.
         model: the timm model, its head replaced.
         preprocessing: the model's own.
         source: where the weights come from, in words.
@@ -111,7 +116,7 @@ def load_backbone(
     """Load a model and give it a head, random from a public seed or from a file.
 
     Args:
-        name: ``starter``, or a name that ``timm.create_model`` knows.
+        name: ``starter``, ``starter-scattering``, or a name that ``timm.create_model`` knows.
         num_classes: outputs of the new head.
         seed: public seed of the head (and of the weights, where those are random).
         weights: ``pretrained`` (bundled, or from the model hub), ``random``, or the path of a checkpoint
@@ -121,8 +126,8 @@ def load_backbone(
     Raises:
         BackboneError: unknown model, no vision transformer head, weights that cannot be had or do not fit.
     """
-    if name == STARTER:
-        model, preprocessing, source = _starter(weights, seed)
+    if name in STARTERS:
+        model, preprocessing, source = _starter(name, weights, seed)
     else:
         model, preprocessing, source = _timm(name, weights, seed)
     if not isinstance(getattr(model, "get_classifier", tuple)(), nn.Module):
@@ -155,11 +160,14 @@ def backbone_digest(model: nn.Module) -> str:
     return tensors_digest({key: value for key, value in named.items() if id(value) not in own})
 
 
-def _starter(weights: str, seed: int) -> tuple[nn.Module, Preprocessing, str]:
+def _starter(name: str, weights: str, seed: int) -> tuple[nn.Module, Preprocessing, str]:
     from timm.models.vision_transformer import VisionTransformer
 
-    config = json.loads((_STARTER_FILES / "starter.json").read_text())
+    stem, source = STARTERS[name]
+    config = json.loads((_STARTER_FILES / f"{stem}.json").read_text())
     architecture, public = config["architecture"], config["preprocessing"]
+    if stem == "scattering":
+        architecture["embed_layer"] = ScatteringEmbed
     preprocessing = Preprocessing(architecture["img_size"], (public["mean"],), (public["std"],))
     torch_state = torch.random.get_rng_state()
     try:
@@ -172,15 +180,9 @@ def _starter(weights: str, seed: int) -> tuple[nn.Module, Preprocessing, str]:
     if weights != "pretrained":
         _load_checkpoint(model, Path(weights))
         return model, preprocessing, f"checkpoint {Path(weights).name}"
-    with _starter_path() as path:
-        _fill(model, load_file(path), "the bundled starter")
-    return model, preprocessing, "bundled; pretrained on rendered characters only"
-
-
-def _starter_path() -> Any:
-    from importlib.resources import as_file
-
-    return as_file(_STARTER_FILES / "starter.safetensors")
+    with as_file(_STARTER_FILES / f"{stem}.safetensors") as path:
+        _fill(model, load_file(path), f"the bundled {name}")
+    return model, preprocessing, source
 
 
 def _timm(name: str, weights: str, seed: int) -> tuple[nn.Module, Preprocessing, str]:

@@ -37,6 +37,10 @@ WHITENING = 0.7
 """Components are divided by their standard deviation to this power: 0 is plain PCA, 1 whitening."""
 REGULARISER = 0.05
 """Added to every variance, relative to that of the 50th component."""
+HIDDEN_GAIN = 2.0
+"""Standard deviation of the inputs of the hidden layer's activations."""
+QUERY = 0.5
+"""Size of the class token's queries: weight of the keys' tangents."""
 CARRIER = 5.0
 """Size of the constant part of a token relative to the rest, which makes its LayerNorm nearly linear."""
 
@@ -83,27 +87,26 @@ def fill(model: VisionTransformer, mean: Tensor, covariance: Tensor, seed: int) 
     model.pos_embed[0, 0] = constant
     _attention(block, width, cells, carrier, generator)
     hidden = block.mlp.fc1.out_features
-    block.mlp.fc1.weight.normal_(0, math.sqrt(1 / width), generator=generator)
-    block.mlp.fc2.weight.normal_(0, math.sqrt(0.1 / hidden), generator=generator)
-    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+    block.mlp.fc1.weight.normal_(0, HIDDEN_GAIN * math.sqrt(1 / width), generator=generator)
+    block.mlp.fc2.weight.normal_(0, 0.3 / (HIDDEN_GAIN * math.sqrt(hidden)), generator=generator)
+    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
         layer.bias.zero_()
-    _queries(block, width, generator)
 
 
 def _attention(
     block: torch.nn.Module, width: int, cells: int, carrier: float, generator: torch.Generator
 ) -> None:
-    """Uniform attention that adds up the tokens; keys are zero, so that only their gradients see the cells."""
-    block.norm1.weight.fill_(math.sqrt(2 / width) * carrier)  # undoes the LayerNorm of a token
+    """Uniform attention that adds up the tokens: keys are zero, so that only their tangents tell cells apart."""
+    tokens = cells + 1
+    block.norm1.weight.fill_(tokens * math.sqrt(2 / width) * carrier)  # undoes LayerNorm and mean
     block.norm1.weight[-2:] = 0
-    block.attn.qkv.weight.zero_()
+    block.norm1.bias.zero_()
     mixing = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    block.attn.qkv.weight.zero_()
     block.attn.qkv.weight[2 * width :] = mixing
-    block.attn.proj.weight.copy_((cells + 1) * mixing.T)
-
-
-def _queries(block: torch.nn.Module, width: int, generator: torch.Generator) -> None:
-    block.attn.qkv.bias[:width] = torch.randn(width, generator=generator)
+    block.attn.proj.weight.copy_(mixing.T)
+    block.attn.qkv.bias.zero_()
+    block.attn.qkv.bias[:width] = QUERY / tokens * torch.randn(width, generator=generator)
 
 
 def main() -> None:
@@ -116,6 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     model = VisionTransformer(num_classes=0, embed_layer=ScatteringEmbed, **ARCHITECTURE)
     mean, covariance = statistics(model.patch_embed, args.generators, args.images, args.seed)
+
     fill(model, mean, covariance, args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
