@@ -10,14 +10,14 @@ import timm
 import torch
 from torch import nn
 
-from dptaft.backbones import STARTER, BackboneError, load_backbone
+from dptaft.backbones import STARTERS, BackboneError, load_backbone
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.initialise import initialise_head
 from dptaft.tangent.model import TangentModel
 from dptaft.training.opacus_engine import check_private_modules
 
 COMMON_MODELS = (
-    STARTER,
+    *STARTERS,
     "vit_tiny_patch16_224",
     "vit_small_patch16_224",
     "vit_small_patch14_reg4_dinov2",
@@ -57,7 +57,7 @@ def find_models(pattern: str) -> list[str]:
     Raises:
         BackboneError: none matches.
     """
-    names = [STARTER] if pattern == STARTER else timm.list_models(pattern or "-")
+    names = [pattern] if pattern in STARTERS else timm.list_models(pattern or "-")
     if not names:
         raise BackboneError(f"no model matches {pattern!r}; try 'vit_small*'")
     return names
@@ -95,8 +95,8 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def _blank(name: str, num_classes: int) -> nn.Module:
-    if name == STARTER:
-        return load_backbone(STARTER, num_classes=num_classes).model
+    if name in STARTERS:
+        return load_backbone(name, num_classes=num_classes).model
     with torch.device("meta"):
         model = timm.create_model(name)
     model = model.to_empty(device="cpu").eval()

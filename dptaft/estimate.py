@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dptaft.backbones import STARTER
+from dptaft.backbones import STARTERS
 from dptaft.data import ImageData, ItemPixels, Split
 from dptaft.estimate_probe import Probe, existing_folder, measure
 from dptaft.estimate_room import INDEX_BYTES, available_memory, require_memory
@@ -104,7 +104,7 @@ def estimate_training(
     """
     if processes < 1:
         raise PlanError(f"the number of processes must be at least 1, got {processes}")
-    if request.model.name != STARTER:
+    if request.model.name not in STARTERS:
         request = replace(request, model=replace(request.model, weights="random"))
     started = time.perf_counter()
     prepared = prepare(data, request)

@@ -19,8 +19,8 @@ FLOOR = 1e-2
 def morlet(size: int, deviation: float, frequency: float, angle: float) -> tuple[Tensor, Tensor]:
     """Real and imaginary part (size, size) of a Morlet wavelet of zero mean.
 
-    ``exp(-|S u|^2 / (2 deviation^2)) (exp(i frequency u_1) - c) / Z`` in coordinates u turned by the angle; the
-    envelope is stretched by ORIENTATIONS/4 across the wave, c makes the mean zero, Z is the envelope's
+    ``exp(-|S u|^2 / (2 deviation^2)) (exp(i frequency u_1) - c) / Z`` in coordinates u turned by the angle.
+    S stretches the envelope by ORIENTATIONS/4 across the wave, c makes the mean zero, Z is the envelope's
     integral. Bruna and Mallat, "Invariant Scattering Convolution Networks" (2013), section 2.1.
 
     Args:
@@ -55,9 +55,9 @@ def gaussian(size: int, deviation: float) -> Tensor:
 class Scattering(nn.Module):
     """Scattering coefficients of orders 0, 1 and 2 at two scales: (n, 1, h, w) to (n, 81, h/4, w/4).
 
-    ``S = [x, |x * a_i|, |x * b_i|, ||x * a_i| * b_j|] * g``, sampled at every fourth pixel, with fine wavelets a,
-    coarse wavelets b and a Gaussian g. No weight is learned. Wavelets and scales are those usual for J = 2 and
-    eight orientations (Andreux et al., "Kymatio: Scattering Transforms in Python", 2020).
+    ``S = [x, |x * a_i|, |x * b_i|, ||x * a_i| * b_j|] * g`` at every fourth pixel, with fine wavelets a,
+    coarse wavelets b and a Gaussian g. No weight is learned. Wavelets and scales are those usual for J = 2 and eight
+    orientations (Andreux et al., "Kymatio: Scattering Transforms in Python", 2020).
 
     >>> Scattering()(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 81, 7, 7])
@@ -108,7 +108,12 @@ class ScatteringEmbed(nn.Module):
     """
 
     def __init__(
-        self, img_size: int = 28, patch_size: int = STRIDE, in_chans: int = 1, embed_dim: int = 512, **others: Any
+        self,
+        img_size: int = 28,
+        patch_size: int = STRIDE,
+        in_chans: int = 1,
+        embed_dim: int = 512,
+        **others: Any,
     ) -> None:
         super().__init__()
         if patch_size != STRIDE or in_chans != 1 or img_size % STRIDE or img_size < 8:

@@ -141,7 +141,7 @@ def prepare(data: ImageData, request: Request, learner: Learner | None = None) -
     head = frozen_head(learner)
     records = privacy.public_size or len(data.train)
     delta = privacy.delta if privacy.delta is not None else default_delta(records)
-    defaults = default_hyperparameters(records, privacy.epsilon, delta)
+    defaults = default_hyperparameters(records, privacy.epsilon, delta, linear=request.model.is_linear)
     scale = jacobian_scale(learner)
     settings: dict[str, Any] = {
         "kind": "momentum",

@@ -1,10 +1,10 @@
-r"""Make the scattering starter: a transformer of one block over a fixed scattering stem, from synthetic images.
+"""Make the scattering starter: one transformer block over a fixed scattering stem, from synthetic images.
 
     python recipes/starter/scattering.py --output dptaft/starter
 
-Nothing is trained by gradients. The stem's linear map is a partly whitening principal component analysis of the
-log-scattering coefficients of synthetic images; the block passes the sum of its tokens to the class token and
-adds random features of it.
+Nothing is trained by gradients. The stem's linear map is a partly whitening principal component analysis of
+the log-scattering coefficients of synthetic images; the block passes the sum of its tokens to the class token
+and adds random features of it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def fill(model: VisionTransformer, mean: Tensor, covariance: Tensor, seed: int) 
 def _attention(
     block: torch.nn.Module, width: int, cells: int, carrier: float, generator: torch.Generator
 ) -> None:
-    """Uniform attention that adds up the tokens: keys are zero, so that only their tangents tell cells apart."""
+    """Uniform attention that adds up the tokens: keys are zero, only their tangents tell cells apart."""
     tokens = cells + 1
     block.norm1.weight.fill_(tokens * math.sqrt(2 / width) * carrier)  # undoes LayerNorm and mean
     block.norm1.weight[-2:] = 0
