@@ -118,7 +118,10 @@ def feature_key(
     precision: str = "float32",
     grams: bool = False,
 ) -> str:
-    """SHA-256 of all that features depend on: weights, architecture, cut, preprocessing, data, precision.
+    """SHA-256 of all that features depend on: weights, scope, architecture, preprocessing, data, precision.
+
+    Grams, and the scales of bounded operators, are those of the weights in scope: two scopes with one cut
+    (``last:2`` and ``attention:2``) have different keys.
 
     Args:
         model: the tangent model.
@@ -131,6 +134,7 @@ def feature_key(
     facts = {
         "operator": [operator.kind, getattr(operator, "layout", None)],
         "cut": [model.cut.kind, model.cut.block],
+        "in scope": {name: list(shape) for name, shape in operator.parameter_shapes.items()},
         "architecture": _architecture(model.base),
         "weights": tensors_digest(_state(model)),
         "preprocessing": preprocessing,

@@ -111,8 +111,9 @@ def test_memory_and_disk_grow_with_the_records_and_a_cache_moves_them(rehearsed,
     probe, sizes = rehearsed[1].probe, []
     for records in (10**4, 10**5):
         data = blank_data(records, 3)
-        ram = extrapolated(rehearsed, data, request(data, scope="last:1"))
-        disk = extrapolated(rehearsed, data, request(data, scope="last:1", cache=str(tmp_path)))
+        options = {"scope": "last:1", "sampling": "full-batch"}
+        ram = extrapolated(rehearsed, data, request(data, **options))
+        disk = extrapolated(rehearsed, data, request(data, **options, cache=str(tmp_path)))
         assert ram.disk["cache"] == 0
         assert disk.disk["cache"] == records * probe.record_bytes + estimate._MANIFEST_BYTES
         sizes.append((ram.memory["peak"], disk.memory["peak"]))

@@ -16,7 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from dptaft import feature_cache
 from dptaft.feature_cache import read_features, write_features
 from dptaft.features import FeatureCacheError, build_features, feature_key, remove_cache, tensors_digest
+from dptaft.tangent.bounded import BoundedOperator
 from dptaft.tangent.choose import tangent_operator
+from dptaft.tangent.diameter import DiameterOperator
+from dptaft.tangent.dual_operator import DualOperator
 from dptaft.tangent.model import TangentModel
 from dptaft.tangent.operator import Features
 
@@ -328,6 +331,7 @@ def test_the_key_depends_on_everything_that_features_depend_on():
     keys = [
         key(),
         key(scope="last:2"),
+        key(scope="attention:2"),  # the cut of last:2; Grams and scales of bounded operators differ
         key(scope="head"),
         key(data="e"),
         key(precision="float16"),
@@ -368,3 +372,15 @@ def test_the_manifest_is_json_with_sizes_and_checksums(tmp_path):
     assert manifest["count"] == N
     assert manifest["tensors"]["a"]["shape"] == [N, 3, 2]
     assert len(manifest["tensors"]["a"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("bound", [BoundedOperator, DiameterOperator])
+def test_scales_cached_for_another_scope_are_never_used(bound, tmp_path):
+    """``attention:2`` and ``last:2`` have one cut; the scales of one leave Jacobians of the other too large."""
+    for scope in ("attention:2", "last:2"):
+        model = TangentModel(base(), scope)
+        operator = bound(DualOperator(model))
+        key = feature_key(model, operator, preprocessing={}, data="d")
+        found = build_features([images()], N, model, operator, cache=tmp_path, key=key)
+    expected = operator.extract(model.boundary(images()))
+    assert torch.equal(found.index(slice(0, N))["unit_scale"], expected["unit_scale"])
