@@ -69,6 +69,10 @@ class Checkpointer:
     Args:
         folder: private folder, created with mode 0700 where missing.
         fingerprint: JSON values that must not change between attempts: configuration, data, weights.
+        processes: that share the records in this attempt.
+
+    Attributes:
+        processes: the most of them that shared the records of any attempt that authorised a step.
 
     Raises:
         ResumeError: another process works on the run, or the run was started with another fingerprint.
@@ -78,8 +82,10 @@ class Checkpointer:
         of steps that touched the data, at whatever moment the process or the machine stops.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any], processes: int = 1
+    ) -> None:
+        self.folder, self.processes = Path(folder), processes
         self.fingerprint = json.loads(json.dumps(dict(fingerprint), sort_keys=True))
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sync_folder(self.folder.parent)
@@ -186,7 +192,12 @@ class Checkpointer:
             self.folder.rmdir()
 
     def _write_progress(self) -> None:
-        content = {"format": _FORMAT, "fingerprint": self.fingerprint, "authorised": self._authorised}
+        content = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "authorised": self._authorised,
+            "processes": self.processes,
+        }
         write_atomically(self.folder / "progress.json", json.dumps(content).encode())
 
     def _read_progress(self) -> list[tuple[int, int]]:
@@ -198,6 +209,7 @@ class Checkpointer:
         try:
             content = json.loads(path.read_text())
             authorised = [(int(start), int(stop)) for start, stop in content["authorised"]]
+            self.processes = max(self.processes, int(content.get("processes", 1)))
         except (ValueError, KeyError, TypeError) as error:
             raise ResumeError(
                 f"{path} is damaged, so the steps to charge are unknown; start a new run"
@@ -288,7 +300,8 @@ class GracefulStop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._request:  # else someone wants to outlive more signals
+                signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

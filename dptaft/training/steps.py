@@ -35,7 +35,7 @@ class TrainingInterruptedError(RuntimeError):
 class Trained:
     """Released weights, the optimiser that made them, and all steps that may have touched the data.
 
-    `processes` is how many of them shared the records at the end.
+    `processes` is how many of them shared the records; the most, where the run was interrupted.
     """
 
     weights: Mapping[str, Tensor]
@@ -57,6 +57,7 @@ class RunState:
         partial: private folder of checkpoint and authorised steps.
         account: where the steps are charged.
         source: randomness of the noise.
+        processes: that share the records.
 
     Raises:
         PlanError: no budget is left for another step.
@@ -77,6 +78,7 @@ class RunState:
         partial: Path,
         account: Account,
         source: Source,
+        processes: int = 1,
     ) -> None:
         self.prepared, self.parameters = prepared, parameters
         self._account = account
@@ -91,7 +93,8 @@ class RunState:
             adjacency=plan.adjacency,
         )
         self._average = IterateAverage(prepared.optimizer, plan.steps)
-        self._checkpointer = Checkpointer(partial, _fingerprint(prepared, request, cached, labels))
+        fingerprint = _fingerprint(prepared, request, cached, labels)
+        self._checkpointer = Checkpointer(partial, fingerprint, processes)
         try:
             self.done = self._checkpointer.restore(parameters, self.private, self._average)
             self._last = plan.last_step(self.done, self._charged())
@@ -156,7 +159,8 @@ class RunState:
             )
         if self.prepared.design is not None:  # updated in float64, released in the precision of the model
             weights = {name: value.float() for name, value in weights.items()}
-        return Trained(weights, self.private, self._charged(), self._checkpointer.progress.completed)
+        kept = self._checkpointer
+        return Trained(weights, self.private, self._charged(), kept.progress.completed, kept.processes)
 
     def close(self) -> None:
         """Let another process continue the run; a run that never started leaves nothing."""
@@ -179,6 +183,7 @@ def train_steps(
     account: Account,
     progress: Progress | None = None,
     divide: Divide | None = None,
+    processes: int = 1,
 ) -> Trained:
     """Run all steps that are left, each authorised by checkpoint and account before it touches the data.
 
@@ -192,6 +197,7 @@ def train_steps(
         progress: called with (stage, done, total).
         divide: makes sums over records of several processes, from the plan and the sampler of all records;
             None sums over `cached`.
+        processes: how many they are.
 
     Raises:
         PlanError: nothing to train on, a spent budget, or weights that diverged.
@@ -206,7 +212,9 @@ def train_steps(
     sums = (
         _own_sums(prepared, request, cached, labels, sampler) if divide is None else divide(prepared, sampler)
     )
-    state = RunState(prepared, request, learner.parameters, cached, labels, partial, account, noise)
+    state = RunState(
+        prepared, request, learner.parameters, cached, labels, partial, account, noise, processes
+    )
     try:
         with GracefulStop((signal.SIGTERM, signal.SIGINT)) as stop:
             while not state.finished:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,12 +135,14 @@ def train_prepared(
         require_memory(prepared.learner, data)
         account.reserve(prepared.spending())
         cached, held_out = features()
-        labels, divide = data.train.labels, None if team is None else team.divide
-        trained = train_steps(prepared, request, cached, labels, partial, account, progress, divide)
+        labels = data.train.labels
+        divide, processes = (None, 1) if team is None else (team.divide, team.size)
+        trained = train_steps(
+            prepared, request, cached, labels, partial, account, progress, divide, processes
+        )
         if team is None:
             metrics = evaluate(prepared.learner, data, held_out, trained.weights)
         else:
-            trained = replace(trained, processes=team.size)
             metrics = [] if held_out is None else scores(data, *team.logits(trained.weights))
         charged = account.commit(prepared.spending(trained.executed))
         with new_run(output) as folder:

@@ -173,7 +173,12 @@ def test_files_are_private_and_hold_no_random_state(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert b"pickle" not in path.read_bytes()
         assert b"seed" not in path.read_bytes()
-    assert set(json.loads((folder / "progress.json").read_text())) == {"format", "fingerprint", "authorised"}
+    assert set(json.loads((folder / "progress.json").read_text())) == {
+        "format",
+        "fingerprint",
+        "authorised",
+        "processes",
+    }
     one.remove()
     assert not folder.exists()
 
@@ -227,6 +232,25 @@ def test_termination_asks_for_a_stop_and_the_handler_is_restored():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_that_is_set_meanwhile_stays():
+    """A process that lost another one ignores the launcher until the account is closed."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with GracefulStop():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_most_processes_of_all_attempts_are_remembered(tmp_path):
+    for processes, known in ((3, 3), (2, 3), (4, 4), (1, 4)):
+        checkpointer = Checkpointer(tmp_path, CONFIG, processes)
+        assert checkpointer.processes == known
+        checkpointer.authorise(0, 8)
+        checkpointer.close()
 
 
 def test_a_killed_process_leaves_its_steps_charged(tmp_path):
