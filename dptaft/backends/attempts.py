@@ -29,6 +29,7 @@ from types import FrameType
 from typing import Any
 
 from dptaft.backends.holding import certainly_gone, described, identity, read_owner
+from dptaft.training.checkpoint import write_atomically
 
 GRANTED, BEGUN, WITHDRAWN, ENDED = "granted", "begun", "withdrawn", "ended"
 _OWNER, _STOP = "owner.json", "stop"
@@ -336,8 +337,7 @@ def _copy_state(source: Path, target: Path) -> None:
     files = sorted(path for path in source.iterdir() if path.is_file() and path.name != "lock")
     for path in sorted(files, key=lambda path: path.name == "progress.json"):
         if not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
-            (target / path.name).chmod(0o600)
+            write_atomically(target / path.name, path.read_bytes())
 
 
 def _write(path: Path, content: Any) -> None:

@@ -44,7 +44,7 @@ class LocalPool:
             member = self._start()
         member.job = job
         # a process that died just now is noticed by `finished`
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             member.connection.send((function, arguments))
         return job
 

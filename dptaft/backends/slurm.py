@@ -53,10 +53,11 @@ class SubmititBackend:
         self._silent: dict[str, float] = {}
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> str:
-        """Start a job by sbatch."""
+        """Start a job by sbatch; its id names the cluster, since another one has the same numbers."""
         job = self._executor.submit(function, *arguments)
-        self._jobs[job.job_id] = job
-        return str(job.job_id)
+        name = f"{self._cluster}:{job.job_id}"
+        self._jobs[name] = job
+        return name
 
     def finished(self, timeout: float) -> list[Report]:
         """Jobs with a result, and jobs that the cluster says are over."""
@@ -74,9 +75,10 @@ class SubmititBackend:
 
     def has_ended(self, job: str) -> bool:
         """Whether Slurm reports a final state."""
-        if self._cluster != "slurm":
+        cluster, _, number = job.partition(":")
+        if cluster != "slurm" or self._cluster != "slurm":
             return False
-        found: Any = self._submitit.SlurmJob(self._folder, job)
+        found: Any = self._submitit.SlurmJob(self._folder, number)
         return str(found.state).split(" ")[0].rstrip("+") in _ENDED
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import backending
 import pytest
@@ -108,6 +109,23 @@ def test_logs_and_pickles_are_private_and_hold_paths_only(tmp_path, place):
     assert (tmp_path / "attempts").stat().st_mode & 0o777 == 0o700
     assert any((tmp_path / "jobs").rglob("*.pkl"))
     assert all(path.stat().st_size < 10_000 for path in (tmp_path / "jobs").rglob("*.pkl"))
+
+
+def test_only_a_job_of_slurm_ends_by_the_word_of_slurm():
+    """Jobs of other backends may have the number of some job that Slurm completed long ago."""
+    pytest.importorskip("submitit")
+    from dptaft.backends.slurm import SubmititBackend
+
+    backend, asked = SubmititBackend.__new__(SubmititBackend), []
+
+    def slurm_job(folder, number):
+        asked.append(number)
+        return SimpleNamespace(state="COMPLETED")
+
+    backend._cluster, backend._folder = "slurm", Path()
+    backend._submitit = SimpleNamespace(SlurmJob=slurm_job)
+    assert [backend.has_ended(job) for job in ("slurm:71", "local:71", "71")] == [True, False, False]
+    assert asked == ["71"]
 
 
 def test_jobs_are_not_queued_again_by_slurm(tmp_path):
