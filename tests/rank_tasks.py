@@ -197,3 +197,13 @@ def train_wrong(options):
 def train_other_data(options):
     """Training where the second process has other records."""
     return dptaft.train(data(RECORDS - launched().rank), **options)
+
+
+def command(words):
+    """Exit code, output and errors of the command line."""
+    from click.testing import CliRunner
+
+    from dptaft.cli import main
+
+    result = CliRunner().invoke(main, words)
+    return result.exit_code, result.stdout, result.stderr

@@ -51,7 +51,12 @@ def extrapolated(rehearsed, data, asked, available=10**12, **options):
 
 @pytest.mark.parametrize(
     ("scope", "precision"),
-    [("head", "float32"), ("last:1", "float32"), ("last:1", "float16"), ("last:2", "bfloat16")],
+    [
+        ("head", "float32"),
+        ("last:1", "float32"),
+        ("last:1", "float16"),
+        pytest.param("last:2", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_disk_is_that_of_the_run(scope, precision, tmp_path):
     data, cache = small_data(), str(tmp_path / "cache")
@@ -74,6 +79,7 @@ def test_disk_is_that_of_the_run(scope, precision, tmp_path):
     assert found.disk["weights"] == pytest.approx(weights, rel=0.02, abs=8192)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_run(tmp_path):
     program = (
         "import resource, sys, json, torch; torch.set_num_threads(1)\n"

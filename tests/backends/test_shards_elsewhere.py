@@ -56,6 +56,7 @@ def both(few, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_without_noise_parallel_shards_are_those_of_serial_training_to_the_last_bit(few, tmp_path):
     given = {"epsilon": math.inf, "delta": 1e-5, "ledger": None}
     one = train(few, tmp_path / "one", **given)

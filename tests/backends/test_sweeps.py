@@ -1,6 +1,5 @@
 """Sweeps through every backend: the same points, one charge, nothing trained twice."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -29,7 +28,6 @@ from dptaft.training.steps import TrainingInterruptedError
 from dptaft.verification import verify
 
 CONFIGS = {
-    "serial": BackendConfig(),
     "local": BackendConfig(jobs=2),
     "submitit": BackendConfig("submitit", 2, {"cluster": "local"}),
     "ray": BackendConfig("ray", 2),
@@ -49,51 +47,41 @@ def weights(folder, point):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """One recipe, with a run without noise, through every backend."""
+    """One recipe, with a run without noise, in this process."""
     root = tmp_path_factory.mktemp("backends")
     made = recipe(epsilons=[3.0], reference=True, data=few(root))
-    found = {}
+    run_sweep(made, root / "serial")
+    return made, root
+
+
+@pytest.mark.parametrize(
+    "kind", ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("submitit", "ray"))]
+)
+def test_all_backends_train_the_same_points(swept, kind):
+    """Without noise to the last bit; with it, the same plans and claims."""
+    made, root = swept
+    if kind != "local":
+        pytest.importorskip(kind)
+    seen = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray, about itself
-        for kind, config in CONFIGS.items():
-            if importlib.util.find_spec(kind) is None and kind in ("submitit", "ray"):
-                continue
-            if kind == "ray":
-                import ray
-
-                ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-            seen = []
-            result = run_sweep(
-                made,
-                root / kind,
-                backend=config,
-                report=lambda done, total, _, seen=seen: seen.append((done, total)),
-            )
-            found[kind] = (result, seen)
-        if "ray" in found:
-            ray.shutdown()
-    return made, root, found
-
-
-def test_all_backends_train_the_same_points(swept):
-    """Without noise to the last bit; with it, the same plans and claims."""
-    made, root, found = swept
+        result = run_sweep(
+            made, root / kind, backend=CONFIGS[kind], report=lambda done, total, _: seen.append((done, total))
+        )
     points = expand(made)
-    assert len(found) > 1
-    for kind, (result, seen) in found.items():
-        assert [outcome.error for outcome in result.outcomes] == [None] * 2, kind
-        assert seen == [(2, 2)], kind
-        assert {path.name for path in (root / kind / RUNS).iterdir()} == {point.id for point in points}
-        assert {path.name for path in (root / kind).iterdir()} == {"lock", "recipe.toml", "runs"}, kind
-        for point in points:
-            mine, first = (load_run(root / where / RUNS / point.id) for where in (kind, "serial"))
-            if point.epsilon == float("inf"):
-                one, two = weights(root / kind, point), weights(root / "serial", point)
-                assert all(np.array_equal(one[name], two[name]) for name in two), kind
-            else:
-                assert mine.statement.mechanism["record"] == first.statement.mechanism["record"]
-                assert mine.statement.claim["epsilon"] == first.statement.claim["epsilon"]
-                assert verify(mine.path).passed
+    assert [outcome.error for outcome in result.outcomes] == [None] * 2
+    assert seen == [(2, 2)]
+    assert {path.name for path in (root / kind / RUNS).iterdir()} == {point.id for point in points}
+    assert {path.name for path in (root / kind).iterdir()} == {"lock", "recipe.toml", "runs"}
+    for point in points:
+        mine, first = (load_run(root / where / RUNS / point.id) for where in (kind, "serial"))
+        if point.epsilon == float("inf"):
+            one, two = weights(root / kind, point), weights(root / "serial", point)
+            assert all(np.array_equal(one[name], two[name]) for name in two)
+        else:
+            assert mine.statement.mechanism["record"] == first.statement.mechanism["record"]
+            assert mine.statement.claim["epsilon"] == first.statement.claim["epsilon"]
+            assert verify(mine.path).passed
 
 
 def kill_workers(folder, done):
@@ -191,7 +179,7 @@ def test_a_killed_parent_takes_its_workers_along_and_is_followed_by_the_same_com
 def test_points_that_may_still_be_trained_are_named_and_left_alone(swept, tmp_path):
     from dptaft.backends.attempts import Attempts
 
-    made, _, _ = swept
+    made, _ = swept
     folder = tmp_path / "sweep"
     first = expand(made)[0]
     (folder / RUNS).mkdir(parents=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rank_tasks
 import torch
 from builders import small_images, write_folder
 from click.testing import CliRunner
-from ranks import free_port, variables
+from ranks import free_port, succeeded, together, variables
 from safetensors.torch import load_file
 
 from dptaft.cli import main
@@ -58,6 +59,7 @@ def test_the_same_command_line_works_with_one_process_and_with_two(tmp_path, arc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "small.npz", "two"]
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_reaches_the_launcher_and_leaves_a_checkpoint(tmp_path, archive):
     output = tmp_path / "run"
     process = launch(
@@ -83,13 +85,9 @@ def test_an_unreadable_image_of_one_process_is_one_line_and_exit_code_2(tmp_path
     write_folder(tmp_path / "images", 400)
     Path(tmp_path / "images" / "dog" / "399.png").write_bytes(b"damaged")
     words = [*TRAIN, "--data", str(tmp_path / "images"), "--epsilon", "inf", "--steps", "2"]
-    port, started = free_port(), []
-    for rank in range(2):
-        command = [sys.executable, "-m", "dptaft", *words, "--output", str(tmp_path / "run")]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment(variables(rank, 2, port)), **pipes))
-    (out, err), (others_out, others_err) = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [2, 0]
+    first, other = succeeded(together(2, rank_tasks.command, [*words, "--output", str(tmp_path / "run")]))
+    (code, out, err), (others_code, others_out, others_err) = first, other
+    assert (code, others_code) == (2, 0)
     assert len(err.splitlines()) == 1
     assert "399.png" in err
     assert out + others_out + others_err == ""
