@@ -60,7 +60,9 @@ def _as_in_train(*names: str) -> Callable[[Callable[..., Any]], Callable[..., An
 )
 @click.option("--data", help="Data as for `dptaft train`; its files are counted, not read.")
 @click.option("--epsilon", type=float, default=3.0, show_default=True, help="Privacy budget; inf for none.")
-@click.option("--model", default="starter", show_default=True, help="starter, starter-scattering, or a timm name.")
+@click.option(
+    "--model", default="starter", show_default=True, help="starter, starter-scattering, or a timm name."
+)
 @click.option("--method", type=click.Choice(["tangent", "non-linear"]), default="tangent", show_default=True)
 @_as_in_train(*_DATA, *_PRIVACY, "kind", *_MODEL, *_PERFORMANCE)
 @click.option(

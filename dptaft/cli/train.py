@@ -46,7 +46,9 @@ STEPS = Steps()
 @click.option("--classes", help="Comma-separated class names; declared, so not taken from private data.")
 @click.option("--public-data", is_flag=True, help="Declare the images a public benchmark.")
 @click.option("--skip-corrupt", is_flag=True, help="Count an image that cannot be read as an empty record.")
-@click.option("--model", default="starter", show_default=True, help="starter, starter-scattering, or a timm name.")
+@click.option(
+    "--model", default="starter", show_default=True, help="starter, starter-scattering, or a timm name."
+)
 @click.option(
     "--weights", default="pretrained", show_default=True, help="pretrained, random, or a checkpoint file."
 )
