@@ -217,7 +217,7 @@ def run_task(
         StopRequestedError: a signal asked for a stop.
     """
     torch.set_num_threads(threads)
-    worker = _worker(public, most_bytes)
+    worker = _worker(attempt.folder.parent, public, most_bytes)
     worker.folder = attempt.work
     worker.check_content(task.points[0], payment.content)
     points = tuple(point for point in task.points if point.id in attempt.names)
@@ -228,12 +228,16 @@ def run_task(
     return {outcome.point: outcome.error for outcome in outcomes if outcome.error is not None}
 
 
-_WORKERS: dict[tuple[int, bool, int], Worker] = {}
+_WORKERS: dict[tuple[int, Path, bool, int], Worker] = {}
 
 
-def _worker(public: bool, most_bytes: int) -> Worker:
-    """The worker of this process, so that tasks that follow each other share what they can."""
-    key = (os.getpid(), public, most_bytes)
+def _worker(sweep: Path, public: bool, most_bytes: int) -> Worker:
+    """The worker of this process, so that tasks of one sweep that follow each other share what they can.
+
+    Another sweep may give the same name to other data.
+    """
+    key = (os.getpid(), sweep, public, most_bytes)
     if key not in _WORKERS:
+        _WORKERS.clear()
         _WORKERS[key] = Worker(Path(), public, most_bytes)
     return _WORKERS[key]

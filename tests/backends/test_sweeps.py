@@ -223,6 +223,23 @@ def test_other_machines_refuse_other_data_and_lost_one_shot_points(tmp_path):
     assert (tmp_path / "finished" / point.id).read_bytes() == b"finished"
 
 
+def test_a_process_that_served_another_sweep_forgets_its_images(tmp_path):
+    """Processes of a Ray that the caller started outlive a sweep; names of data sets are those of one recipe."""
+    from dptaft.backends.attempts import Attempts
+    from dptaft.prepaid import Payment
+    from dptaft.sweep.points import group
+    from dptaft.sweep.work import run_task
+
+    given = few(tmp_path)
+    for number, (source, error) in enumerate(((given[0]["source"], None), ("nowhere.npz", "nowhere"))):
+        made = recipe(epsilons=[3.0], data=[{**given[0], "source": source}])
+        (point,), (task,) = expand(made), group(expand(made))
+        attempt = Attempts(tmp_path / str(number) / "attempts", tmp_path).grant([point.id])
+        attempt.begin()
+        failed = run_task(attempt, task, Payment({}, {}), True, 1, 1 << 28)
+        assert (error is None and failed == {}) or error in failed[point.id]
+
+
 def test_command_line_chooses_the_backend(tmp_path):
     path = tmp_path / "mine.toml"
     content = dict(recipe(data=few(tmp_path)).content) | {"backend": {"kind": "submitit", "queue": "long"}}
