@@ -46,7 +46,7 @@ class StoredTensor:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Consecutive examples, mapped privately: changes to the result stay in this process."""
-        shape = (stop - start, *self.shape[1:])
+        shape = (max(0, stop - start), *self.shape[1:])
         if self._row == 0 or stop <= start:
             return torch.empty(shape, dtype=self.dtype)
         first, end = start * self._row, stop * self._row
@@ -59,10 +59,12 @@ class StoredTensor:
         """The examples of these numbers, in that order; ascending numbers are read forwards.
 
         Raises:
-            IndexError: a number outside 0..n-1.
+            IndexError: a number outside 0..n-1, or a mask in place of numbers.
             OSError: the file has become shorter.
         """
         numbers = indices.cpu()
+        if numbers.ndim != 1 or numbers.dtype != torch.int64:
+            raise IndexError(f"example numbers must be a vector of int64, got {numbers.dtype}; no mask")
         if len(numbers) and bool((numbers.min() < 0) | (numbers.max() >= self.shape[0])):
             raise IndexError(f"example numbers must be from 0 to {self.shape[0] - 1}")
         out = torch.empty(len(numbers), *self.shape[1:], dtype=self.dtype)

@@ -101,6 +101,13 @@ def test_numbers_outside_the_data_are_refused(pair, number):
         pair[1].index(torch.tensor([0, number]))
 
 
+def test_a_mask_is_refused_and_an_empty_slice_is_empty(pair):
+    """Read as numbers, a mask would give the first two examples over and over."""
+    with pytest.raises(IndexError, match="no mask"):
+        pair[1].index(torch.arange(N) > 20)
+    assert len(pair[1].index(slice(20, 10))) == 0
+
+
 def test_writing_to_a_part_changes_no_file(pair):
     memory, stored = pair
     stored.index(slice(0, N))["a"].zero_()
