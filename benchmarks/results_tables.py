@@ -255,6 +255,26 @@ def vit_table() -> str:
     return table(header, rows)
 
 
+def chosen_table() -> str:
+    """Hyperparameters that the baseline was given, and whether the grid ended there."""
+    found = read(BENCHMARKS / "scatternet.json") or {"data": {}}
+    rows = []
+    for name, part in found["data"].items():
+        for row in part["rows"]:
+            tried = {key: sorted({other[key] for other in part["tried"]}) for key in ("steps", "rate")}
+            ends = [
+                label
+                for label, values, value in (
+                    ("steps", tried["steps"], row["steps"]),
+                    ("learning rate", tried["rate"], row["learning_rate"]),
+                )
+                if value == values[-1]
+            ]
+            cells = [f"{row['epsilon']:g}", f"{row['steps']}", f"{row['learning_rate']:g}"]
+            rows.append([name, *cells, " and ".join(ends) or "none"])
+    return table(["data", "epsilon", "steps", "learning rate", "largest that was tried"], rows)
+
+
 def missing() -> str:
     """Results that the tables name and that are not there."""
     files = [SWEEPS / name / "summary.json" for name in (
@@ -277,6 +297,7 @@ def render() -> str:
         "fashion": accuracy_table(found, "fashion"),
         "goals": goal_table(found),
         "order": order_table(found),
+        "chosen": chosen_table(),
         "cost": run_cost_table(),
         "vit": vit_table(),
         "missing": missing(),

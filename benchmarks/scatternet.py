@@ -7,8 +7,8 @@ groups, which looks at one image at a time and so needs no budget; Tramer and Bo
 Learning Needs Better Features (or Much More Data)", ICLR 2021.
 Clip norm 0.1 and momentum 0.9 as there; full batches instead of sampled ones, so that the privacy is exactly
 Gaussian. Noise, calibration, clipping and generator are those of `dptaft train`. Steps and learning rate are
-chosen per budget on every fifth training image held out, among `STEPS` and `RATES`; this choice is not paid for
-(the images are public), which favours the baseline: `dptaft` uses its public defaults.
+chosen per budget on every fifth training image held out, among `STEPS` and `RATES`; this choice is not paid
+for (the images are public), which favours the baseline: `dptaft` uses its public defaults.
 
 kymatio is needed by this benchmark alone: `pip install --no-deps --target FOLDER kymatio appdirs configparser
 packaging`. Features are stored in `--cache`.
