@@ -29,7 +29,6 @@ from types import FrameType
 from typing import Any
 
 from dptaft.backends.holding import certainly_gone, described, identity, read_owner
-from dptaft.training.checkpoint import write_atomically
 
 GRANTED, BEGUN, WITHDRAWN, ENDED = "granted", "begun", "withdrawn", "ended"
 _OWNER, _STOP = "owner.json", "stop"
@@ -230,6 +229,7 @@ class Attempts:
         if target.exists():
             os.rename(target, old)
         os.rename(new, target)
+        _make_durable(self.home)
         shutil.rmtree(old, ignore_errors=True)
 
     def _remove(self, attempt: Attempt) -> None:
@@ -337,7 +337,18 @@ def _copy_state(source: Path, target: Path) -> None:
     files = sorted(path for path in source.iterdir() if path.is_file() and path.name != "lock")
     for path in sorted(files, key=lambda path: path.name == "progress.json"):
         if not path.name.startswith("."):
-            write_atomically(target / path.name, path.read_bytes())
+            shutil.copyfile(path, target / path.name)
+            (target / path.name).chmod(0o600)
+            _make_durable(target / path.name)
+    _make_durable(target)
+
+
+def _make_durable(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -109,6 +111,12 @@ def test_logs_and_pickles_are_private_and_hold_paths_only(tmp_path, place):
     assert (tmp_path / "attempts").stat().st_mode & 0o777 == 0o700
     assert any((tmp_path / "jobs").rglob("*.pkl"))
     assert all(path.stat().st_size < 10_000 for path in (tmp_path / "jobs").rglob("*.pkl"))
+
+
+def test_an_attempt_needs_no_torch():
+    """Jobs that are withdrawn, or begin a second time, end at once."""
+    code = "import sys, dptaft.backends.attempts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_only_a_job_of_slurm_ends_by_the_word_of_slurm():
