@@ -56,8 +56,8 @@ class Scattering(nn.Module):
     """Scattering coefficients of orders 0, 1 and 2 at two scales: (n, 1, h, w) to (n, 81, h/4, w/4).
 
     ``S = [x, |x * a_i|, |x * b_i|, ||x * a_i| * b_j|] * g`` at every fourth pixel, with fine wavelets a,
-    coarse wavelets b and a Gaussian g. No weight is learned. Wavelets and scales are those usual for J = 2 and eight
-    orientations (Andreux et al., "Kymatio: Scattering Transforms in Python", 2020).
+    coarse wavelets b and a Gaussian g. No weight is learned. Wavelets and scales are those usual for J = 2
+    and eight orientations (Andreux et al., "Kymatio: Scattering Transforms in Python", 2020).
 
     >>> Scattering()(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 81, 7, 7])
