@@ -47,8 +47,8 @@ from dptaft_accounting import FullBatchGaussian, Target, best_bound, calibrate_n
 SIZE, GROUPS, DIMENSION = 28, 27, 81 * 7 * 7
 CLIP, MOMENTUM, DELTA = 0.1, 0.9, 1e-5
 EPSILONS = (1.0, 3.0, 8.0)
-STEPS = {"digits": (50, 150), "fashion-mnist": (60, 120)}
-RATES = {"digits": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), "fashion-mnist": (4.0, 8.0, 16.0, 32.0)}
+STEPS = {"digits": (50, 150), "fashion-mnist": (120,)}
+RATES = {"digits": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), "fashion-mnist": (16.0, 32.0, 64.0)}
 RUNS = 5
 PHYSICAL = 2048
 

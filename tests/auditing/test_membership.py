@@ -114,7 +114,7 @@ def leaking(tmp_path_factory):
     """Almost no noise and labels without meaning: the attack must work."""
     data = guessed_labels()
     run = dptaft.train(
-        data, epsilon=2000.0, scope="head", steps=60, output=tmp_path_factory.mktemp("leak") / "run"
+        data, epsilon=2000.0, scope="head", steps=240, output=tmp_path_factory.mktemp("leak") / "run"
     )
     return membership_attack(run, data=data, shadows=12), data
 

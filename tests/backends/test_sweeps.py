@@ -130,16 +130,22 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_with(tmp_path):
     """SIGINT to the parent: running points save their steps; in one process or several, they go on from there."""
     made, folder = long_recipe(tmp_path), tmp_path / "sweep"
 
+    ended = threading.Event()
+
     def interrupt():
-        while not list(folder.glob("attempts/*/work/*.partial/checkpoint.safetensors")):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not ended.wait(0.002):
+            if list(folder.glob("attempts/*/work/*.partial/checkpoint.safetensors")):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(TrainingInterruptedError, match="the same command goes on"):
-        run_sweep(made, folder, backend=BackendConfig(jobs=2))
-    thread.join()
+    try:
+        with pytest.raises(TrainingInterruptedError, match="the same command goes on"):
+            run_sweep(made, folder, backend=BackendConfig(jobs=2))
+    finally:
+        ended.set()
+        thread.join()
     assert not (folder / "attempts").exists()
     saved = [
         json.loads(path.read_text())["authorised"] for path in folder.glob("runs/*.partial/progress.json")
