@@ -122,7 +122,7 @@ def leaking(tmp_path_factory):
 def test_a_leak_is_seen_and_stays_below_its_bound(leaking):
     result, _ = leaking
     for attack in ("LiRA", "RMIA"):
-        assert result.auc(attack) > 0.75, attack
+        assert result.auc(attack) > 0.65, attack
         assert result.tpr(attack, 0.1) > 0.2
         assert result.tpr(attack, 0.1) <= tpr_at_fpr(result.profile, 0.1)
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -122,18 +121,22 @@ def test_a_budget_that_is_too_small_stops_all_shards_before_any_is_trained(few, 
 
 @pytest.mark.slow
 def test_shards_that_are_interrupted_go_on_in_one_process(few, tmp_path):
-    parent = tmp_path / "shards"
+    parent, ended = tmp_path / "shards", threading.Event()
 
     def interrupt():
-        while not list(parent.glob(".parallel/attempts/*/work/*.partial/checkpoint.safetensors")):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not ended.wait(0.002):
+            if list(parent.glob(".parallel/attempts/*/work/*.partial/checkpoint.safetensors")):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(TrainingInterruptedError, match="the same command goes on"):
-        train(few, parent, steps=600, backend=TWO)
-    thread.join()
+    try:
+        with pytest.raises(TrainingInterruptedError, match="the same command goes on"):
+            train(few, parent, steps=600, backend=TWO)
+    finally:
+        ended.set()
+        thread.join()
     saved = [json.loads(path.read_text())["authorised"] for path in parent.glob("*.partial/progress.json")]
     assert saved
     made = train(few, parent, steps=600, resume=True)

@@ -102,7 +102,7 @@ def long_recipe(root, **options):
 def test_a_killed_worker_costs_nothing_more_and_stops_no_other(tmp_path):
     """The pool goes on, the point goes on, the ledger has one entry, and the claim counts the lost steps."""
     made, folder, done = long_recipe(tmp_path), tmp_path / "sweep", threading.Event()
-    killer = threading.Thread(target=kill_workers, args=(folder, done))
+    killer = threading.Thread(target=kill_workers, args=(folder, done), daemon=True)
     killer.start()
     result = run_sweep(made, folder, backend=BackendConfig(jobs=2))
     killed = done.is_set()
