@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,13 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def sweep(name: str, data: str, suffix: str = "") -> list[Result]:
-    """Rows of a sweep."""
+    """Rows of a committed sweep."""
     found = read(SWEEPS / name / "summary.json")
-    rows = [] if found is None else found["rows"]
-    command = f"dptaft sweep {name}"
+    return sweep_rows([] if found is None else found["rows"], data, suffix, f"dptaft sweep {name}")
+
+
+def sweep_rows(rows: Sequence[Mapping[str, Any]], data: str, suffix: str, command: str) -> list[Result]:
+    """Rows of a sweep's summary that have a result."""
     return [
         Result(data, row["method"] + suffix, float(row["epsilon"]), tuple(row["accuracies"]), command)
         for row in rows
@@ -182,15 +185,29 @@ def goal_table(found: Sequence[Result]) -> str:
     return table(["goal", "best of ours, %", "method", "reached"], rows)
 
 
+def small_scopes() -> list[Result]:
+    """Last block and head on 10,000 images of Fashion-MNIST, which no other table shows."""
+    found = read(BENCHMARKS / "scopes_small.json")
+    names = {"last:1": "tangent last:1, scattering starter", "head": "head, scattering starter"}
+    rows = [] if found is None else found["result"]["rows"]
+    return sweep_rows(
+        [dict(row, method=names[row["method"]]) for row in rows],
+        "fashion, 10,000 images",
+        "",
+        "python benchmarks/scopes_small.py",
+    )
+
+
 def order_table(found: Sequence[Result]) -> str:
     """Tangent of the last block against the head of the same starter and recipe family."""
     rows = []
     pairs = (
         ("digits", "tangent last:1", "head"),
         ("digits", "tangent last:1, scattering starter", "head, scattering starter"),
+        ("fashion, 10,000 images", "tangent last:1, scattering starter", "head, scattering starter"),
         ("fashion", "tangent last:1, scattering starter", "head, scattering starter"),
     )
-    by_key = {(r.data, r.method, r.epsilon): r for r in found}
+    by_key = {(r.data, r.method, r.epsilon): r for r in (*found, *small_scopes())}
     for data, tangent, head in pairs:
         starter = "scattering" if "scattering" in tangent else "characters"
         for epsilon in EPSILONS:

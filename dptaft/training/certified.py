@@ -43,7 +43,7 @@ from dptaft_accounting.errors import CertificateError
 LOGIT_NOISE = 0.35
 """nu for the cross-entropy: standard deviation of the noise on a logit at the minimum of the proxy."""
 
-MOST_STEPS = 1000
+MOST_STEPS = 6000
 """lambda is never so small that convergence takes more epochs than this."""
 
 FORGETTING = 4.0
