@@ -143,6 +143,7 @@ def results() -> list[Result]:
         *sweep("results_fashion", "fashion", ", scattering starter"),
         *sweep("results_fashion_slow", "fashion", ", scattering starter"),
         *sweep("results_fashion_convex", "fashion", ", scattering starter"),
+        *sweep("results_fashion_non_linear", "fashion", ", scattering starter"),
         *sweep("results_fashion_characters", "fashion"),
         *baseline(),
     ]
@@ -300,6 +301,7 @@ def missing() -> str:
         "results_fashion",
         "results_fashion_slow",
         "results_fashion_convex",
+        "results_fashion_non_linear",
         "results_fashion_characters",
     )] + [BENCHMARKS / f"{name}.json" for name in ("scatternet", "results_cost", "cost_vit")]  # fmt: skip
     names = [str(path.relative_to(ROOT)) for path in files if not path.exists()]

@@ -16,7 +16,7 @@ constant nu: `LOGIT_NOISE` for the cross-entropy, found on public benchmarks (do
     lambda    = G s/(n mu nu)
     step size = 2/(2 lambda + M B/b), the largest for which one step contracts by c = 1 - eta lambda,
     steps     = 4/(eta lambda): the bound is then within 2 % of its limit, so that more steps cost next to
-                nothing and fewer would leave the start in the model.
+                nothing; at most `MOST_STEPS`.
 
 Nothing here reads private data.
 """
@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dptaft.tangent.bounded import ROUNDING
+from dptaft.training.defaults import MOST_MU
 from dptaft.training.losses import Loss
 from dptaft.training.plan import PlanError, PrivacyConfig, Sampling, whole_epochs
 from dptaft_accounting import (
@@ -43,8 +44,8 @@ from dptaft_accounting.errors import CertificateError
 LOGIT_NOISE = 0.35
 """nu for the cross-entropy: standard deviation of the noise on a logit at the minimum of the proxy."""
 
-MOST_STEPS = 6000
-"""lambda is never so small that convergence takes more epochs than this."""
+MOST_STEPS = 3000
+"""Large data ask for more steps; training then stops early, which costs less than a larger lambda."""
 
 FORGETTING = 4.0
 """Steps are planned so that eta lambda steps is this number: the start is forgotten up to exp(-4)."""
@@ -191,7 +192,7 @@ def design(
 
     lam = given.get("l2_regularization")
     if lam is None:
-        lam = _regularization(privacy, delta, share, smoothness, loss, reasons)
+        lam = _regularization(privacy, delta, share, loss, reasons)
     elif lam <= 0:
         raise CertificateError(
             f"strong convexity: l2_regularization {lam:g} gives no contraction without a projection; "
@@ -206,10 +207,15 @@ def design(
         )
     steps = privacy.steps
     if steps is None:
-        steps = math.ceil(FORGETTING / (eta * lam))
-        reasons.append(
-            f"steps {steps} = {FORGETTING:g}/(eta lambda): the bound has saturated, the start is forgotten"
-        )
+        steps, needed = MOST_STEPS, math.ceil(FORGETTING / (eta * lam))
+        if needed <= MOST_STEPS:
+            steps = needed
+            reasons.append(
+                f"steps {steps} = {FORGETTING:g}/(eta lambda): the bound has saturated, "
+                "the start is forgotten"
+            )
+        else:
+            reasons.append(f"steps {steps}: {needed} until convergence, training stops early")
     steps = whole_epochs(steps, sampling)
     bound = constants.gradient * (1.0 + ROUNDING)
     least = bound * (1.0 + CLIP_MARGIN)
@@ -258,19 +264,12 @@ def _refuse_other_algorithms(given: Mapping[str, Any]) -> None:
 
 
 def _regularization(
-    privacy: PrivacyConfig, delta: float, share: float, smoothness: float, loss: Loss, reasons: list[str]
+    privacy: PrivacyConfig, delta: float, share: float, loss: Loss, reasons: list[str]
 ) -> float:
-    """Lambda at the minimum of the proxy, but not so small that convergence takes too many steps."""
-    mu = math.inf if math.isinf(privacy.epsilon) else epsilon_to_mu(privacy.epsilon, delta)
+    """Lambda at the minimum of the proxy; without noise as for mu = `MOST_MU`."""
+    mu = MOST_MU if math.isinf(privacy.epsilon) else epsilon_to_mu(privacy.epsilon, delta)
     noise = LOGIT_NOISE * getattr(loss, "kappa", 1.0)
     best = share / (mu * noise)
-    # steps = FORGETTING (2 lambda + M)/(2 lambda)
-    floor = FORGETTING * smoothness / (2.0 * ((privacy.steps or MOST_STEPS) - FORGETTING))
-    if privacy.steps is None and best < floor:
-        reasons.append(
-            f"lambda {floor:.4g}: the proxy asks for {best:.4g}, which needs more than {MOST_STEPS} steps"
-        )
-        return floor
     reasons.append(
         f"lambda {best:.4g}: bias against noise; noise on a logit at most {share / (mu * best):.3g} "
         f"(standard deviation) at mu {mu:.4g}"
