@@ -16,12 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from functools import cached_property
 from typing import Any
 
 from dptaft_accounting import _checks as check
 from dptaft_accounting.errors import CertificateError
 from dptaft_accounting.mechanisms import CyclicGaussian, FullBatchGaussian, Mechanism, PoissonGaussian
 
+_STEP_ROUNDING = 1e-12  # a step size given as 2/(2 lambda + M) may round to a factor this far above 1
+_CEILING, _FLOOR = Context(prec=60, rounding=ROUND_CEILING), Context(prec=60, rounding=ROUND_FLOOR)
 SAMPLINGS = ("full-batch", "poisson", "cyclic")
 
 
@@ -109,7 +113,7 @@ class ConvexityCertificate:
             )
         self._check_sampling()
         worst = max(self.contractions)
-        if worst > 1:
+        if worst > 1 + _STEP_ROUNDING:
             limit = 2 / (self.strong_convexity + self.smoothness * self.max_batch_size / self.normaliser)
             raise error(
                 f"the step expands distances (factor {worst:g}): step_size must be at most {limit:g} "
@@ -153,12 +157,17 @@ class ConvexityCertificate:
         """The step size of every step."""
         return self.step_size if isinstance(self.step_size, tuple) else (self.step_size,) * self.steps
 
-    @property
+    @cached_property
     def contractions(self) -> tuple[float, ...]:
-        """The contraction factor c: one per step for a schedule, else one."""
+        """The contraction factor c, rounded up: one per step for a schedule, else one.
+
+        mu grows with 1/(1 - c), so a rounding error in c would weigh the more the closer c is to 1.
+        """
         sizes = self.step_size if isinstance(self.step_size, tuple) else (self.step_size,)
-        top = self.strong_convexity + self.smoothness * self.max_batch_size / self.normaliser
-        return tuple(max(abs(1 - eta * self.strong_convexity), abs(1 - eta * top)) for eta in sizes)
+        low = Decimal(self.strong_convexity)
+        largest = _CEILING.multiply(Decimal(self.smoothness), Decimal(self.max_batch_size))
+        top = _CEILING.add(low, _CEILING.divide(largest, Decimal(self.normaliser)))
+        return tuple(_contraction(Decimal(eta), low, top) for eta in sizes)
 
     @classmethod
     def issue(
@@ -298,6 +307,16 @@ class ConvexityCertificate:
             return cls(**values)
         except TypeError as error:
             raise CertificateError(f"the certificate is incomplete: {error}") from None
+
+
+def _contraction(eta: Decimal, low: Decimal, top: Decimal) -> float:
+    """The smallest float that is not below max(1 - eta low, eta top - 1), low <= top."""
+    exact = max(
+        _CEILING.subtract(Decimal(1), _FLOOR.multiply(eta, low)),
+        _CEILING.subtract(_CEILING.multiply(eta, top), Decimal(1)),
+    )
+    near = float(exact)
+    return near if Decimal(near) >= exact else math.nextafter(near, math.inf)
 
 
 def _refuse_other_algorithms(optimizer: str, momentum: float, released_iterate: str) -> None:

@@ -69,11 +69,14 @@ def gaussian_view(profile: Profile, residual_delta: float = 1e-9) -> GaussianVie
 
 
 def _gaussian_delta(mu: float, epsilons: Array) -> Array:
+    """The Gaussian curve, rounded down: by the errors that `tradeoff.mu_to_delta` rounds up by."""
     from scipy.special import log_ndtr
 
     first = log_ndtr(mu / 2 - epsilons / mu)
     second = epsilons + log_ndtr(-mu / 2 - epsilons / mu)
-    return np.asarray(-np.exp(first) * np.expm1(np.minimum(second - first, 0.0)), dtype=np.float64)
+    gap = np.maximum(first - second, 1e-300)
+    error = 1e-11 + 2e-15 * (1 - first - second + epsilons) / gap
+    return np.asarray(-np.exp(first) * np.expm1(-gap) * np.maximum(1 - error, 0.0), dtype=np.float64)
 
 
 def _regret(known: Profile, quoted: Profile) -> float:

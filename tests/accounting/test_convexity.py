@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -160,3 +161,14 @@ def test_unknown_and_missing_fields_are_refused():
 
 def test_without_certificate_only_composition():
     assert [b.name for b in best_bound(FULL, delta=1e-5).bounds] == ["composition"]
+
+
+@pytest.mark.parametrize("step_size", [0.1, 1e-9, 0.3, 0.7, 1 / 3])
+@pytest.mark.parametrize("regularization", [0.0, 1e-12, 1e-7, 0.1, 1 / 3])
+def test_contraction_is_rounded_up_from_exact_arithmetic(step_size, regularization):
+    proof = issue(step_size=step_size, regularization=regularization)
+    eta, low = Fraction(step_size), Fraction(regularization)
+    top = low + Fraction(proof.smoothness) * proof.max_batch_size / Fraction(proof.normaliser)
+    exact = max(abs(1 - eta * low), abs(1 - eta * top))
+    (found,) = proof.contractions
+    assert math.nextafter(found, 0) < exact <= Fraction(found)

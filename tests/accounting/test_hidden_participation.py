@@ -1,9 +1,11 @@
 """The Poisson last-iterate bound: above every instance that can be computed exactly, below older bounds."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from scipy.special import bdtrc
 
 from dptaft_accounting.accountants.hidden_participation import (
     Layout,
@@ -238,3 +240,23 @@ def test_a_small_set_caps_old_participation():
     free = hidden_participation_profile(Problem(1.0, 0.2, 400, 0.97), 1e-5).epsilon(1e-5)
     capped = hidden_participation_profile(Problem(1.0, 0.2, 400, 0.97, diameter=0.5), 1e-5).epsilon(1e-5)
     assert capped < free
+
+
+@pytest.mark.parametrize(
+    ("n", "p", "largest"),
+    [(60, 0.1, 20), (100, 0.01, 5), (300, 0.05, 40), (500, 0.3, 200), (200, 0.9, 199), (400, 0.001, 1)],
+)
+def test_overflow_is_just_above_the_exact_tail(n, p, largest):
+    rate = Fraction(p)
+    masses = (math.comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(largest + 1, n + 1))
+    exact = sum(masses)
+    found = Fraction(batch_overflow(n, p, largest, 7))
+    assert 7 * exact <= found <= 7 * exact * (1 + Fraction(1, 10**7))
+
+
+@pytest.mark.parametrize("n", [10**6, 10**8, 10**9])
+def test_overflow_of_large_data_is_near_the_incomplete_beta_function(n):
+    mean = n * 1e-3
+    largest = round(mean + 6 * math.sqrt(mean))
+    assert batch_overflow(n, 1e-3, largest, 1) == pytest.approx(bdtrc(largest, n, 1e-3), rel=1e-3)
+    assert batch_overflow(n, 1e-3, round(mean) - 1, 1) == 1.0

@@ -1,6 +1,7 @@
 """Objective and output perturbation, selection, compositions in parallel."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -132,3 +133,11 @@ def test_disjoint_shards_cost_the_largest():
 
 def test_renyi_orders_must_help():
     assert RdpProfile((2.0,), (1e9,)).delta(1.0) == 1.0
+
+
+def test_regularization_just_above_the_hessian_bound():
+    """log(1 - beta/lambda) from the exact difference: the ratio alone is 1e-4 off here."""
+    lam = 1 + 1e-12
+    curve = ObjectivePerturbationProfile(1.0, 1.0, lam, 1.0)
+    exact = -math.log(float(Fraction(lam) - 1)) + math.log(lam)
+    assert curve.delta(exact + 3.0) == pytest.approx(2 * mu_to_delta(1.0, 3.0), rel=1e-9)

@@ -74,6 +74,7 @@ Array = NDArray[np.float64]
 
 _TAIL = 1e-17
 _LEAST_CONTRACTION = 1e-12  # keeps the powers of c away from underflow
+_DOWN = 1 - 1e-12  # covers the rounding of powers, shares and sums: shifts are divided by its root
 _NEGLIGIBLE = 1e-10  # total weight of steps so old that full participation is assumed
 
 
@@ -181,7 +182,7 @@ def evaluate(problem: Problem, layout: Layout, resolution: Resolution) -> PldPro
     parts: list[tuple[tuple[LossPmf, LossPmf], int]] = [(step, count)]
     absorbing, free = (0, count), 1 - share
     for first, last in blocks:
-        energy = free * math.fsum(c ** (2 * n) for n in range(*absorbing))
+        energy = _DOWN * free * math.fsum(c ** (2 * n) for n in range(*absorbing))
         shifts, weights, lost = _absorbed(problem, first, last, last == blocks[-1][1], resolution)
         pair = discretise_wide(shifts / math.sqrt(energy), weights, lost, interval, resolution.knots)
         parts.append((pair, 1))

@@ -83,8 +83,9 @@ class ObjectivePerturbationProfile(DeltaCurve):
 
     def delta(self, epsilon: float) -> float:
         """Evaluates the theorem."""
-        mu = self.gradient_bound / self.noise_std
-        left = epsilon - abs(math.log1p(-self.hessian_bound / self.regularization))
+        mu = _UP * self.gradient_bound / self.noise_std
+        # the difference of the constants is exact where they are close, unlike that of 1 and their ratio
+        left = epsilon + math.log((self.regularization - self.hessian_bound) / self.regularization)
         if left < 0:
             # the curve is convex in e^eps and 1 at e^eps = 0: below the threshold its chord is above it
             return 1 + math.exp(left) * (self.delta(epsilon - left) - 1)
@@ -92,7 +93,7 @@ class ObjectivePerturbationProfile(DeltaCurve):
         if left >= threshold:
             return min(1.0, 2 * mu_to_delta(mu, left))
         gap = left - threshold
-        return min(1.0, -math.expm1(gap) + 2 * math.exp(gap) * mu_to_delta(mu, threshold))
+        return min(1.0, (-math.expm1(gap) + 2 * math.exp(gap) * mu_to_delta(mu, threshold)) * _UP)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class SoftmaxObjectiveProfile(DeltaCurve):
         classes, rank = mechanism.classes, mechanism.classes - 1
         trace = mechanism.diameter**2 * (1 - 1 / classes) / 2
         x = min(max(2 * variance - lam, 0.0), trace / rank)
-        shift = rank * max(0.0, math.log1p(x / lam) - x / (2 * variance))
+        # at the maximum, where a rounded x does not matter; the two terms nearly cancel for small x
+        shift = rank * max(0.0, math.log1p(x / lam) - x / (2 * variance) + 1e-15 * x / lam)
         vertices = classes**2 - 1 if mechanism.adjacency == "replace-one" else rank
         return cls(mu * _UP, output * _UP, shift * _UP, vertices)
 
