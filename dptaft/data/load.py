@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from dptaft.data.arrays import idx_folder, is_idx_folder, npz_archive
-from dptaft.data.folders import Wanted, image_folder, label_table
+from dptaft.data.folders import image_folder
 from dptaft.data.hub import PREFIX, hub_dataset, is_saved_dataset, saved_dataset
 from dptaft.data.images import ImageData, Split, part_evaluation
 from dptaft.data.pixels import ArrayPixels, DataError
+from dptaft.data.tables import TABLE_SUFFIXES, label_table
+from dptaft.data.wanted import Wanted
 
 _FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (
@@ -90,7 +92,7 @@ def _find(spec: str, wanted: Wanted) -> tuple[ImageData, bool]:
         return (
             (idx_folder(path, wanted), False) if is_idx_folder(path) else (image_folder(path, wanted), True)
         )
-    loader = {".npz": npz_archive, ".csv": label_table}.get(path.suffix)
+    loader = {".npz": npz_archive, **dict.fromkeys(TABLE_SUFFIXES, label_table)}.get(path.suffix.lower())
     if loader is None or not path.is_file():
         raise DataError(
             f"no data set or path {spec!r}; use digits, fashion-mnist, hf:NAME, a folder with one folder per "

@@ -186,6 +186,7 @@ def _begin(
     """Write the public list of shards and the private list of records, before anything is trained."""
     records, data = Records(), source.images
     digests, content = records.digests(data.train), content_digest(data.train)
+    data.warn_copies()
     for name in assignment.shards:
         numbers = [i for i, own in enumerate(assignment.names) if own == name]
         if assignment.by_column:
