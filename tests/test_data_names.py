@@ -1,5 +1,7 @@
 """Labels and class names: matched by name where the source has names, refused by row where there is none."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,16 @@ def test_sources_without_names_are_named_in_the_order_of_the_numbers(tmp_path):
     assert load_data(str(tmp_path), classes=["z", "x", "y"], hold_out=False).train.labels.tolist() == LABELS
     with pytest.raises(DataError, match="the labels of a have no names; declare the classes"):
         from_tables("a", hub(LABELS, label="Value"), {"label": "label"}, Wanted())
+
+
+def test_class_names_that_no_file_can_hold_are_refused(tmp_path):
+    for name in (b"caf\xe9", b"dog"):
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.mkdir(folder)
+        for number in range(3):
+            Image.new("L", (8, 8), number + 10 * len(name)).save(folder + b"/%d.png" % number)
+    with pytest.raises(DataError, match=r"the class name 'caf\\udce9' is no UTF-8 text; rename the class"):
+        load_data(str(tmp_path))
 
 
 def test_names_of_an_archive_may_be_bytes(tmp_path):

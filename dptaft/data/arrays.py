@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dptaft.data.images import ImageData, Split, whole_labels
-from dptaft.data.names import renumbered, require_same_names
+from dptaft.data.names import by_name
 from dptaft.data.pixels import ArrayPixels, DataError
 from dptaft.data.wanted import Wanted
 
@@ -47,13 +47,11 @@ def npz_archive(path: Path, wanted: Wanted) -> ImageData:
         return wanted.data(path.stem, wanted.classes or _numbered(train.labels), train, evaluation)
     found = [_text(name) for name in np.atleast_1d(arrays["classes"])]
     if wanted.classes is not None:
-        require_same_names(found, wanted.classes, str(path))
-    classes = wanted.classes or tuple(found)
-    train = replace(train, labels=renumbered(train.labels, found, classes, str(path)))
-    if evaluation is not None:
-        labels = renumbered(evaluation.labels, found, classes, f"{path} (test)")
-        evaluation = replace(evaluation, labels=labels)
-    return wanted.data(path.stem, classes, train, evaluation)
+        train = replace(train, labels=by_name(train.labels, found, wanted.classes, str(path)))
+        if evaluation is not None:
+            labels = by_name(evaluation.labels, found, wanted.classes, f"{path} (test)")
+            evaluation = replace(evaluation, labels=labels)
+    return wanted.data(path.stem, found, train, evaluation)
 
 
 def _text(name: object) -> str:

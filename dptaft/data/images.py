@@ -93,6 +93,9 @@ class ImageData:
             raise DataError(f"{self.name} has {len(self.classes)} class; classification needs at least two")
         if "" in self.classes or len(set(self.classes)) < len(self.classes):
             raise DataError(f"the class names {', '.join(self.classes)} must differ and not be empty")
+        for name in self.classes:
+            if name != name.encode(errors="replace").decode():
+                raise DataError(f"the class name {name!a} is no UTF-8 text; rename the class")
         for split in (self.train, self.evaluation):
             for part in () if split is None else _written(split.labels).split(_COMPARED):
                 self._check_labels(part)

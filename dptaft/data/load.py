@@ -43,10 +43,13 @@ def load_data(
 
     ``digits``: scikit-learn's 1,797 handwritten digits. ``fashion-mnist``: 70,000 images, from the Debian
     package ``dataset-fashion-mnist``. ``hf:NAME``: a Hugging Face dataset (see `dptaft.data.hub`). A folder:
-    one sub-folder of images per class, or such folders below ``train`` and ``test`` (or ``val``), or IDX
-    files named as those of MNIST, or what ``save_to_disk`` of Hugging Face datasets wrote. A file ``.csv``:
-    columns ``file``, ``label`` and optionally ``split``. A file ``.npz``: arrays ``images`` and ``labels``,
-    and optionally ``test_images``, ``test_labels``, ``classes``.
+    one sub-folder of images per class, or such folders below a training and an evaluation split (see
+    `dptaft.data.splits`), or IDX files named as those of MNIST, or what ``save_to_disk`` of Hugging Face
+    datasets wrote. A file ``.csv`` or ``.tsv``: columns ``file``, ``label`` and optionally ``split``. A file
+    ``.npz``: arrays ``images`` and ``labels``, and optionally ``test_images``, ``test_labels``, ``classes``.
+
+    One file is one record: a file that is there under two names is refused. Declared classes are matched by
+    name, in any order, where the source names its classes; they number labels in order where it does not.
 
     Where a data set has no evaluation split, every fifth image in the order of the source (numbers 0, 5, ...;
     of each class for folders) is held out: a public rule that does not look at the images. Where adding or
@@ -62,7 +65,8 @@ def load_data(
         hold_out: whether to hold out an evaluation split where the source has none.
 
     Raises:
-        DataError: unknown name, unreadable or unlabelled data, fewer than two classes.
+        DataError: unknown name, unreadable or unlabelled data, a structure or names that are not clear, one
+            file under two names, fewer than two classes.
 
     >>> data = load_data("digits")
     >>> len(data.train), len(data.evaluation), len(data.classes)
