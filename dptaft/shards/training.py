@@ -186,13 +186,13 @@ def _begin(
     """Write the public list of shards and the private list of records, before anything is trained."""
     records, data = Records(), source.images
     digests, content = records.digests(data.train), content_digest(data.train)
-    data.warn_copies()
     for name in assignment.shards:
         numbers = [i for i, own in enumerate(assignment.names) if own == name]
         if assignment.by_column:
             records.check_apart(name, [digests[i] for i in numbers])
         records.shards[name] = [Record(i, digests[i]) for i in numbers]
         records.contents[name] = content
+    data.warn_copies()
     shards = tuple(
         Shard(name, folder_name(name), len(records.shards[name]), assignment.rule, source.arguments)
         for name in assignment.shards
