@@ -22,7 +22,13 @@ def small_data(count=60, classes=3):
     images, labels = small_images(count, classes)
     split = Split(ArrayPixels(images), torch.from_numpy(labels))
     names = tuple("abcdefghij"[:classes])
-    return ImageData("small", names, split, split.take(range(0, count, 4)), True)
+    return ImageData("small", names, split, evaluation_images(count, classes), True)
+
+
+def evaluation_images(count=60, classes=3):
+    """A quarter as many images as the records, none of which is among them."""
+    images, labels = small_images(-(-count // 4), classes, seed=1001)
+    return Split(ArrayPixels(images), torch.from_numpy(labels))
 
 
 def write_folder(root, count=12, classes=("cat", "dog"), mode="L"):

@@ -57,7 +57,7 @@ def test_table_of_labels_with_and_without_a_split(tmp_path, files):
         ([("0.png", "cat"), ("0.png", "dog")], ("file", "label"), "row 3 .* again; one row is one record"),
         ([("0.png", "cat"), ("1.png", "")], ("file", "label"), "row 3 .* lacks a file or a label"),
         ([("0.png", "cow")], ("file", "label"), "row 2 .* 'cow', which is none of the classes cat, dog"),
-        ([("0.png", "cat", "dev")], ("file", "label", "split"), "split 'dev'; use train or test"),
+        ([("0.png", "cat", "fold3")], ("file", "label", "split"), "split 'fold3'; use train or test"),
     ],
 )
 def test_bad_tables_are_refused_by_row(tmp_path, files, rows, fields, message):
@@ -276,9 +276,10 @@ def test_tables_of_a_hub_dataset():
 
 
 def test_options_of_a_hub_dataset():
-    for text in ("colour=red", "image=a&image=b", "image="):
+    for text in ("colour=red", "image=a&image=b", "image=", "test=&test="):
         with pytest.raises(DataError, match="option"):
             parse_options(text, "hf:x")
+    assert parse_options("test=&label=l", "hf:x") == {"test": "", "label": "l"}
 
 
 def test_saved_hugging_face_dataset(tmp_path):
@@ -298,8 +299,9 @@ def test_saved_hugging_face_dataset(tmp_path):
     assert (data.classes, len(data.train), len(data.evaluation)) == (("x", "y", "z"), 8, 2)
     assert torch.allclose(data.evaluation.pixels[1][0] * 255, torch.from_numpy(uint8(images)[5]).float())
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(str(tmp_path / "two"))
-    data = load_data(f"{tmp_path / 'two'}?image=scan&label=kind", classes=["a", "b", "c"])
-    assert (data.classes, data.classes_are_public, len(data.evaluation)) == (("a", "b", "c"), True, 10)
+    data = load_data(f"{tmp_path / 'two'}?image=scan&label=kind", classes=["z", "x", "y"])
+    assert (data.classes, data.classes_are_public, len(data.evaluation)) == (("z", "x", "y"), True, 10)
+    assert data.train.labels.tolist() == [(label + 1) % 3 for label in labels]
     with pytest.raises(DataError, match="has no config"):
         load_data(f"{tmp_path / 'two'}?config=x")
 

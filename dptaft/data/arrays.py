@@ -7,15 +7,17 @@ import math
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dptaft.data.folders import Wanted
 from dptaft.data.images import ImageData, Split, whole_labels
+from dptaft.data.names import by_name
 from dptaft.data.pixels import ArrayPixels, DataError
+from dptaft.data.wanted import Wanted
 
 _IDX_SPLITS = {"train": ("train",), "evaluation": ("t10k", "test")}
 _IDX_KINDS = {"images": "idx3", "labels": "idx1"}
@@ -24,8 +26,10 @@ _IDX_KINDS = {"images": "idx3", "labels": "idx1"}
 def npz_archive(path: Path, wanted: Wanted) -> ImageData:
     """Arrays ``images``, ``labels`` (or ``train_images``, ``train_labels``), optionally those of ``test``.
 
+    Declared classes are matched by name to an array ``classes``; without one they name the labels in order.
+
     Raises:
-        DataError: no archive, missing arrays, or arrays that are no images or labels.
+        DataError: no archive, missing arrays, arrays that are no images or labels, or classes of other names.
     """
     try:
         with path.open("rb") as file:
@@ -38,9 +42,20 @@ def npz_archive(path: Path, wanted: Wanted) -> ImageData:
     prefix = "train_" if "train_images" in arrays and "images" not in arrays else ""
     train = _npz_split(arrays, prefix, path)
     tested = "test_images" in arrays and "test_labels" in arrays
-    found = [str(name) for name in np.atleast_1d(arrays["classes"])] if "classes" in arrays else None
-    names = found if found is not None or wanted.classes is not None else _numbered(train.labels)
-    return wanted.data(path.stem, names or (), train, _npz_split(arrays, "test_", path) if tested else None)
+    evaluation = _npz_split(arrays, "test_", path) if tested else None
+    if "classes" not in arrays:
+        return wanted.data(path.stem, wanted.classes or _numbered(train.labels), train, evaluation)
+    found = [_text(name) for name in np.atleast_1d(arrays["classes"])]
+    if wanted.classes is not None:
+        train = replace(train, labels=by_name(train.labels, found, wanted.classes, str(path)))
+        if evaluation is not None:
+            labels = by_name(evaluation.labels, found, wanted.classes, f"{path} (test)")
+            evaluation = replace(evaluation, labels=labels)
+    return wanted.data(path.stem, found, train, evaluation)
+
+
+def _text(name: object) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 def _npz_split(arrays: dict[str, np.ndarray], prefix: str, path: Path) -> Split:
@@ -88,7 +103,7 @@ def _idx_file(folder: Path, split: str, what: str) -> Path | None:
         path
         for stem in _IDX_SPLITS[split]
         for ending in ("", ".gz")
-        for path in folder.glob(f"*{stem}-{what}-{_IDX_KINDS[what]}-ubyte{ending}")
+        for path in folder.glob(f"*{stem}-{what}[-.]{_IDX_KINDS[what]}-ubyte{ending}")
     )
     if len({path.name.removesuffix(".gz") for path in found}) > 1:
         raise DataError(

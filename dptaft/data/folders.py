@@ -1,161 +1,71 @@
-"""Image files: one folder per class, or a table of files and labels."""
+"""Image files: one folder per class."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from dptaft.data.images import ImageData
+from dptaft.data.pixels import IMAGE_SUFFIXES, DataError
+from dptaft.data.splits import find_roots, images_below, refuse_hidden_structure, subfolders, tell_skipped
+from dptaft.data.wanted import Wanted, require_different_files, say_left_out
 
-from dptaft.data.images import ImageData, Split
-from dptaft.data.pixels import IMAGE_SUFFIXES, CheckedPixels, DataError, FilePixels
-
-_TRAIN = ("train", "training")
-_EVALUATION = ("test", "val", "validation", "evaluation")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a loader is asked for.
-
-    Attributes:
-        classes: declared class names; None takes them from the source.
-        public: the images are a public benchmark.
-        skip_corrupt: an image that cannot be read counts as an empty record.
-    """
-
-    classes: tuple[str, ...] | None = None
-    public: bool = False
-    skip_corrupt: bool = False
-
-    def data(self, name: str, found: Sequence[str], train: Split, evaluation: Split | None) -> ImageData:
-        """The data set, with the declared classes or those `found` in the source."""
-        return ImageData(
-            name,
-            self.classes or tuple(found),
-            train,
-            evaluation,
-            self.classes is not None or self.public,
-            self.public,
-            skips_corrupt=self.skip_corrupt,
-        )
-
-    def files(self, paths: Sequence[Path], labels: Sequence[int]) -> Split:
-        """Image files with their labels."""
-        pixels = CheckedPixels(FilePixels(paths), skip=self.skip_corrupt)
-        return Split(pixels, torch.tensor(labels, dtype=torch.int64))
+__all__ = ["Wanted", "image_folder"]
 
 
 def image_folder(path: Path, wanted: Wanted) -> ImageData:
-    """One sub-folder of images per class, or such folders below ``train`` and ``test`` (or ``val``).
+    """One sub-folder of images per class, or such folders below a training and an evaluation split.
 
     Raises:
-        DataError: no folders, no images, or a folder that is none of the declared classes.
+        DataError: no folders, no images, a folder that is none of the declared classes, an undeclared class
+            without images, a structure that is not clear (`dptaft.data.splits`), or one file under two names.
     """
-    train = path / "train"
-    evaluation = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    nested = train.is_dir() and evaluation is not None
-    root = train if nested else path
-    names = wanted.classes or tuple(
-        sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    )
+    roots = find_roots(path, wanted.classes)
+    for root in dict.fromkeys((path, roots.train, roots.evaluation or path)):
+        tell_skipped(root, wanted.classes or ())
+    names = wanted.classes or tuple(p.name for p in subfolders(roots.train))
     if not names:
         raise DataError(
-            f"{root} holds no folders; put the images of each class into a folder of its own, or give a CSV "
-            "table of files and labels"
+            f"{roots.train} holds no folders; put the images of each class into a folder of its own, or give "
+            "a CSV table of files and labels"
         )
-    held = _class_folders(evaluation, names, wanted) if nested and evaluation is not None else None
-    return wanted.data(path.name, names, _class_folders(root, names, wanted), held)
+    train = _class_files(roots.train, names, wanted)
+    if wanted.classes is None:
+        _refuse_empty(roots.train, names, train[1])
+    held = None if roots.evaluation is None else _class_files(roots.evaluation, names, wanted)
+    require_different_files(train[0], () if held is None else held[0])
+    return wanted.data(path.name, names, wanted.files(*train), None if held is None else wanted.files(*held))
 
 
-def _class_folders(root: Path, classes: tuple[str, ...], wanted: Wanted) -> Split:
-    strange = sorted(
-        p.name for p in root.iterdir() if p.is_dir() and p.name not in classes and p.name[0] != "."
-    )
+def _class_files(root: Path, classes: Sequence[str], wanted: Wanted) -> tuple[list[Path], list[int]]:
+    """Files and their labels: class by class, in order of their paths."""
+    folders = list(subfolders(root, classes))
+    strange = [p for p in folders if p.name not in classes]
     if strange:
-        raise DataError(f"the folder {root / strange[0]} is none of the classes; declare it or move it away")
+        raise DataError(f"the folder {strange[0]} is none of the classes; declare it or move it away")
+    refuse_hidden_structure(root, folders, wanted.classes is not None)
     paths: list[Path] = []
     labels: list[int] = []
+    hidden: list[Path] = []
     for label, name in enumerate(classes):
-        folder = root / name
-        files = sorted(p for p in folder.glob("**/*") if _is_image(p))
+        files = sorted(images_below(root / name, hidden))
         paths += files
         labels += [label] * len(files)
+    say_left_out(sorted(str(p.relative_to(root)) for p in hidden), root, "hidden, or not of the data")
     if not paths:
         raise DataError(f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return wanted.files(paths, labels)
+    return paths, labels
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-@dataclass(frozen=True)
-class _Row:
-    number: int
-    file: Path
-    label: str
-    evaluation: bool
-    others: Mapping[str, str]
-
-
-def label_table(path: Path, wanted: Wanted) -> ImageData:
-    """A CSV table with the columns ``file`` and ``label``, and optionally ``split`` (train or test).
-
-    Files are named relative to the folder of the table; one row is one record. Other columns are kept.
-
-    Raises:
-        DataError: a missing column, a row without a value, a file named twice, an undeclared label.
-    """
-    rows = _rows(path)
-    names = wanted.classes or tuple(sorted({row.label for row in rows}))
-    number = {name: index for index, name in enumerate(names)}
-    for row in rows:
-        if row.label not in number:
+def _refuse_empty(root: Path, names: Sequence[str], labels: Sequence[int]) -> None:
+    """Refuse a folder that is taken for a class and holds no image."""
+    seen = set(labels)
+    for label, name in enumerate(names):
+        if label not in seen:
+            kinds = Counter(p.suffix.lower() or p.name for p in (root / name).rglob("*") if p.is_file())
+            held = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) or "no file"
             raise DataError(
-                f"row {row.number} of {path} has the label {row.label!r}, which is none of the classes "
-                f"{', '.join(names)}; declare it or correct the row"
+                f"the folder {root / name} holds no image ({', '.join(IMAGE_SUFFIXES)}) but {held}; move it "
+                "away, convert its files, or declare the classes"
             )
-
-    def split(part: list[_Row]) -> Split:
-        columns = {name: tuple(row.others[name] for row in part) for name in (rows[0].others if rows else ())}
-        found = wanted.files([row.file for row in part], [number[row.label] for row in part])
-        return replace(found, columns=columns)
-
-    held = [row for row in rows if row.evaluation]
-    train = split([row for row in rows if not row.evaluation])
-    return wanted.data(path.stem, names, train, split(held) if held else None)
-
-
-def _rows(path: Path) -> list[_Row]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in ("file", "label") if name not in (reader.fieldnames or ())]
-            if missing:
-                raise DataError(
-                    f"{path} has no column {missing[0]!r}; its first row must name file and label"
-                )
-            rows = [_row(path, number, record) for number, record in enumerate(reader, start=2)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read the table {path}: {error}") from None
-    seen: set[Path] = set()
-    for row in rows:
-        if row.file in seen:
-            raise DataError(f"row {row.number} of {path} names {row.file} again; one row is one record")
-        seen.add(row.file)
-    return rows
-
-
-def _row(path: Path, number: int, record: dict[str, str | None]) -> _Row:
-    file, label = (record.get("file") or "").strip(), (record.get("label") or "").strip()
-    split = (record.get("split") or "train").strip().lower()
-    if not file or not label:
-        raise DataError(f"row {number} of {path} lacks a file or a label; fill it in or remove the row")
-    if split not in (*_TRAIN, *_EVALUATION):
-        raise DataError(f"row {number} of {path} has the split {split!r}; use train or test")
-    known = ("file", "label", "split", None)
-    others = {name: (value or "").strip() for name, value in record.items() if name not in known}
-    return _Row(number, path.parent / file, label, split in _EVALUATION, others)

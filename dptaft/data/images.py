@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dptaft.data.pixels import CheckedPixels, DataError, ItemPixels, Pixels, Subset
+from dptaft.data.identity import copies_between, copies_within
+from dptaft.data.names import by_name
+from dptaft.data.pixels import CheckedPixels, DataError, ItemPixels, Pixels, Subset, digests_of, name_of
 
 HOLD_OUT_EVERY = 5
 _COMPARED = 1 << 24
@@ -91,6 +93,9 @@ class ImageData:
             raise DataError(f"{self.name} has {len(self.classes)} class; classification needs at least two")
         if "" in self.classes or len(set(self.classes)) < len(self.classes):
             raise DataError(f"the class names {', '.join(self.classes)} must differ and not be empty")
+        for name in self.classes:
+            if name != name.encode(errors="replace").decode():
+                raise DataError(f"the class name {name!a} is no UTF-8 text; rename the class")
         for split in (self.train, self.evaluation):
             for part in () if split is None else _written(split.labels).split(_COMPARED):
                 self._check_labels(part)
@@ -125,21 +130,25 @@ class ImageData:
         Args:
             train: dataset to protect.
             evaluation: dataset that is never trained on.
-            classes: declared names, in the order of the class numbers.
+            classes: declared names, in the order of the class numbers; matched by name where a dataset names
+                its classes in an attribute ``classes``.
             name: for records.
             is_public: a public benchmark.
             skip_corrupt: an item whose image cannot be read counts as an empty record.
 
         Raises:
-            DataError: an item that changes from call to call, images or labels that cannot be used.
+            DataError: an item that changes from call to call, images or labels that cannot be used, classes
+                with other names than those of the dataset.
 
         >>> items = [(torch.zeros(1, 8, 8), 0), (torch.ones(1, 8, 8), 1)]
         >>> len(ImageData.from_torch(items, classes=["dark", "bright"]).train)
         2
         """
-        held = None if evaluation is None else _torch_split(evaluation, f"{name} (evaluation)", skip_corrupt)
-        split = _torch_split(train, name, skip_corrupt)
-        return cls(name, tuple(classes), split, held, True, is_public, skips_corrupt=skip_corrupt)
+        held, names = None, tuple(classes)
+        if evaluation is not None:
+            held = _torch_split(evaluation, f"{name} (evaluation)", skip_corrupt, names)
+        split = _torch_split(train, name, skip_corrupt, names)
+        return cls(name, names, split, held, True, is_public, skips_corrupt=skip_corrupt)
 
     def check_adjacency(self, adjacency: str) -> None:
         """Refuse an adjacency under which one record decides on which side of the hold-out others are.
@@ -153,6 +162,33 @@ class ImageData:
                 "evaluation (every fifth is held out); give evaluation images of their own, or use zero-out"
             )
 
+    def warn_copies(self) -> None:
+        """Tell the owner of pixels that are there twice among the images read so far; never part of a run.
+
+        Copies are neither refused nor moved: on which side of the hold-out a record is must not depend on
+        other records, and exact copies are common in public benchmarks. Images that were not read, and those
+        of other processes, are not compared.
+        """
+        own = digests_of(self.train.pixels)
+        found = copies_within(own)
+        if found is not None:
+            names = " and ".join(name_of(self.train.pixels, i) for i in found.first)
+            _tell(
+                f"{found.count} training images of {self.name} have the pixels of another (first {names}; "
+                f"the most frequent is there {found.most} times): the claim is per record, so that an image "
+                "that is there k times is protected at the group level k only; keep one of each"
+            )
+        if self.evaluation is None:
+            return
+        shared = copies_between(own, digests_of(self.evaluation.pixels))
+        if shared is not None:
+            first, held = shared.first
+            names = f"{name_of(self.train.pixels, first)} and {name_of(self.evaluation.pixels, held)}"
+            _tell(
+                f"{shared.count} evaluation images of {self.name} have the pixels of a training image (first "
+                f"{names}): the accuracy counts images that were trained on; keep one of each"
+            )
+
     def warn_unreadable(self, counts: tuple[int, int] | None = None) -> None:
         """Tell the owner how many images were skipped; a private number, never part of a run.
 
@@ -164,12 +200,14 @@ class ImageData:
             0 if self.evaluation is None else len(self.evaluation.unreadable),
         )
         if train or held:
-            warnings.warn(
+            _tell(
                 f"{train} of {len(self.train)} training images and {held} evaluation images of {self.name} "
-                "cannot be read; the former count as empty records, the latter are left out",
-                UserWarning,
-                stacklevel=2,
+                "cannot be read; the former count as empty records, the latter are left out"
             )
+
+
+def _tell(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _written(labels: Tensor) -> Tensor:
@@ -177,11 +215,14 @@ def _written(labels: Tensor) -> Tensor:
     return labels[:1] if labels.stride(0) == 0 else labels
 
 
-def _torch_split(dataset: Any, name: str, skip: bool) -> Split:
+def _torch_split(dataset: Any, name: str, skip: bool, classes: tuple[str, ...]) -> Split:
     pixels = CheckedPixels(ItemPixels(len(dataset), lambda i: dataset[i][0], name), skip=skip)
     if len(pixels) and not skip and not torch.equal(pixels[0], pixels[0]):
         raise DataError(f"image 0 of {name} differs from call to call; leave random augmentation out")
-    return Split(pixels, _torch_labels(dataset, name))
+    labels, found = _torch_labels(dataset, name), getattr(dataset, "classes", None)
+    if isinstance(found, list | tuple) and all(isinstance(own, str) for own in found):
+        labels = by_name(labels, found, classes, name)
+    return Split(pixels, labels)
 
 
 def _torch_labels(dataset: Any, name: str) -> Tensor:
@@ -205,7 +246,13 @@ def whole_labels(values: Any, name: str) -> Tensor:
     Raises:
         DataError: values that are no whole numbers of that shape.
     """
-    labels = torch.as_tensor(values)
+    try:
+        labels = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises errors of any of these kinds
+        wrong = next((i for i, value in enumerate(values) if not isinstance(value, int)), 0)
+        raise DataError(
+            f"row {wrong} of {name} has the label {values[wrong]!r}; expected whole numbers from 0"
+        ) from None
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if len(labels) == 0:
         return torch.zeros(0, dtype=torch.int64)

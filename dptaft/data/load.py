@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from dptaft.data.arrays import idx_folder, is_idx_folder, npz_archive
-from dptaft.data.folders import Wanted, image_folder, label_table
+from dptaft.data.folders import image_folder
 from dptaft.data.hub import PREFIX, hub_dataset, is_saved_dataset, saved_dataset
 from dptaft.data.images import ImageData, Split, part_evaluation
 from dptaft.data.pixels import ArrayPixels, DataError
+from dptaft.data.tables import TABLE_SUFFIXES, label_table
+from dptaft.data.wanted import Wanted
 
 _FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (
@@ -41,10 +43,13 @@ def load_data(
 
     ``digits``: scikit-learn's 1,797 handwritten digits. ``fashion-mnist``: 70,000 images, from the Debian
     package ``dataset-fashion-mnist``. ``hf:NAME``: a Hugging Face dataset (see `dptaft.data.hub`). A folder:
-    one sub-folder of images per class, or such folders below ``train`` and ``test`` (or ``val``), or IDX
-    files named as those of MNIST, or what ``save_to_disk`` of Hugging Face datasets wrote. A file ``.csv``:
-    columns ``file``, ``label`` and optionally ``split``. A file ``.npz``: arrays ``images`` and ``labels``,
-    and optionally ``test_images``, ``test_labels``, ``classes``.
+    one sub-folder of images per class, or such folders below a training and an evaluation split (see
+    `dptaft.data.splits`), or IDX files named as those of MNIST, or what ``save_to_disk`` of Hugging Face
+    datasets wrote. A file ``.csv`` or ``.tsv``: columns ``file``, ``label`` and optionally ``split``. A file
+    ``.npz``: arrays ``images`` and ``labels``, and optionally ``test_images``, ``test_labels``, ``classes``.
+
+    One file is one record: a file that is there under two names is refused. Declared classes are matched by
+    name, in any order, where the source names its classes; they number labels in order where it does not.
 
     Where a data set has no evaluation split, every fifth image in the order of the source (numbers 0, 5, ...;
     of each class for folders) is held out: a public rule that does not look at the images. Where adding or
@@ -60,7 +65,8 @@ def load_data(
         hold_out: whether to hold out an evaluation split where the source has none.
 
     Raises:
-        DataError: unknown name, unreadable or unlabelled data, fewer than two classes.
+        DataError: unknown name, unreadable or unlabelled data, a structure or names that are not clear, one
+            file under two names, fewer than two classes.
 
     >>> data = load_data("digits")
     >>> len(data.train), len(data.evaluation), len(data.classes)
@@ -90,7 +96,7 @@ def _find(spec: str, wanted: Wanted) -> tuple[ImageData, bool]:
         return (
             (idx_folder(path, wanted), False) if is_idx_folder(path) else (image_folder(path, wanted), True)
         )
-    loader = {".npz": npz_archive, ".csv": label_table}.get(path.suffix)
+    loader = {".npz": npz_archive, **dict.fromkeys(TABLE_SUFFIXES, label_table)}.get(path.suffix.lower())
     if loader is None or not path.is_file():
         raise DataError(
             f"no data set or path {spec!r}; use digits, fashion-mnist, hf:NAME, a folder with one folder per "

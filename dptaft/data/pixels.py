@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dptaft.data.identity import DIGEST_BYTES, Notes
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _EMPTY_SIDE = 8
 _NAMED = 10
@@ -51,11 +53,18 @@ class ArrayPixels:
         if array.dtype != np.uint8:
             _check_unit_range(array)
         self._array = array
+        self.notes = Notes()
 
     def __len__(self) -> int:
         return len(self._array)
 
     def __getitem__(self, index: int) -> Tensor:
+        image = self.image(index)
+        self.notes.add(index, image)
+        return image
+
+    def image(self, index: int) -> Tensor:
+        """One image, without a note of it."""
         pixels = torch.from_numpy(np.array(self._array[index])).permute(2, 0, 1)
         return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
 
@@ -135,9 +144,9 @@ def as_pixels(image: Any) -> Tensor:
         array = array[None] if array.ndim == 2 else array
         if array.ndim != 3 or array.shape[0] not in (1, 3):
             raise DataError(f"a tensor has shape {tuple(image.shape)}; expected (1 or 3, height, width)")
-        return ArrayPixels(array.transpose(1, 2, 0)[None])[0]
+        return ArrayPixels(array.transpose(1, 2, 0)[None]).image(0)
     if isinstance(image, np.ndarray):
-        return ArrayPixels(image[None])[0]
+        return ArrayPixels(image[None]).image(0)
     raise DataError(f"an image has type {type(image).__name__}; use a PIL image, an array or a tensor")
 
 
@@ -191,6 +200,7 @@ class CheckedPixels:
     def __init__(self, pixels: Named, *, skip: bool = False) -> None:
         self._pixels, self._skip = pixels, skip
         self.unreadable: dict[int, str] = {}
+        self.notes = Notes()
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -199,7 +209,9 @@ class CheckedPixels:
         if index in self.unreadable:
             return _empty_image()
         try:
-            return self._pixels[index]
+            image = self._pixels[index]
+            self.notes.add(index, image)
+            return image
         except DataError as error:
             if not self._skip:
                 raise self._refusal(index, error) from None
@@ -250,3 +262,25 @@ class Subset:
         """Number -> why, for the images of the subset that could not be read."""
         found = getattr(self._pixels, "unreadable", {})
         return {i: found[index] for i, index in enumerate(self._indices) if index in found}
+
+    def source(self, indices: Sequence[int]) -> tuple[Pixels, list[int]]:
+        """The images that the subset was taken from, and the numbers that these have there."""
+        numbers = [self._indices[i] for i in indices]
+        return self._pixels.source(numbers) if isinstance(self._pixels, Subset) else (self._pixels, numbers)
+
+
+def digests_of(pixels: Pixels) -> np.ndarray:
+    """(n, 16) digests of the images that were read; zeros for others, and for images that take no notes."""
+    source, numbers = _source(pixels, range(len(pixels)))
+    notes = getattr(source, "notes", None)
+    return np.zeros((len(numbers), DIGEST_BYTES), dtype=np.uint8) if notes is None else notes.of(numbers)
+
+
+def name_of(pixels: Pixels, index: int) -> str:
+    """What one image is called, for messages to the owner of the data."""
+    source, (number,) = _source(pixels, [index])
+    return source.name(number) if hasattr(source, "name") else f"image {number}"
+
+
+def _source(pixels: Pixels, indices: Sequence[int]) -> tuple[Pixels, Sequence[int]]:
+    return pixels.source(indices) if isinstance(pixels, Subset) else (pixels, indices)

@@ -192,6 +192,7 @@ def _begin(
             records.check_apart(name, [digests[i] for i in numbers])
         records.shards[name] = [Record(i, digests[i]) for i in numbers]
         records.contents[name] = content
+    data.warn_copies()
     shards = tuple(
         Shard(name, folder_name(name), len(records.shards[name]), assignment.rule, source.arguments)
         for name in assignment.shards

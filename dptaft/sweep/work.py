@@ -125,6 +125,7 @@ class Worker:
             outcomes |= self._together(part, batched, payment, progress)
         if together:
             self.images(together[0]).warn_unreadable()
+            self.images(together[0]).warn_copies()
         for point in task.points:
             if point.id not in outcomes:
                 outcomes[point.id] = self._alone(point, payment, len(task.points) > 1, progress)

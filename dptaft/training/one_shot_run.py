@@ -49,6 +49,7 @@ def run_one_shot(
         if data.evaluation is not None:
             held_out = learner.features(data.evaluation, progress, "reading evaluation")
         require_finite_features(cached)
+        data.warn_copies()
         account.authorise(prepared.spending())
         weights = solve(prepared, request, cached, data.train.labels, progress)
         metrics = evaluate(learner, data, held_out, weights)

@@ -135,6 +135,7 @@ def train_prepared(
         require_memory(prepared.learner, data)
         account.reserve(prepared.spending())
         cached, held_out = features()
+        data.warn_copies()
         labels = data.train.labels
         divide, processes = (None, 1) if team is None else (team.divide, team.size)
         trained = train_steps(
