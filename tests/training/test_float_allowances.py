@@ -94,6 +94,6 @@ def test_jacobians_in_the_subnormal_range_count_nothing():
 
 def test_no_piece_is_so_long_that_float32_sums_outgrow_their_allowance():
     lengths = []
-    PhysicalBatches(10**6).run(5000, lambda start, stop: lengths.append(stop - start))
+    PhysicalBatches(10**6).run(5000, lambda start, stop: stop - start, lengths.append)
     assert sum(lengths) == 5000
     assert max(lengths) <= LARGEST_PIECE
