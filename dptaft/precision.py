@@ -38,11 +38,18 @@ def full_float32() -> Iterator[None]:
             stack.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
             torch.backends.cudnn.allow_tf32 = False
         # restored before the others: it sets some of them
-        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        stack.callback(torch.set_float32_matmul_precision, _matmul_precision())
         torch.set_float32_matmul_precision("highest")
         for backend in backends:
             backend.fp32_precision = "ieee"
         yield
+
+
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # not kept apart from the settings of the backends, which are restored after it
+        return "highest"
 
 
 def _backend(name: str) -> Any:

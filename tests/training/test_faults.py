@@ -74,7 +74,7 @@ def every_fault(work, pieces):
     return found
 
 
-@pytest.mark.parametrize("scope", ["head", "last:1"])
+@pytest.mark.parametrize("scope", ["head", pytest.param("last:1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["fused", "hooks", "ghost"])
 def test_no_record_counts_twice_in_any_engine(kind, scope):
     model, boundary, theta = build(scope)
