@@ -27,10 +27,11 @@ def full_float32() -> Iterator[None]:
         'highest'
     """
     with ExitStack() as stack:
-        for device in _DEVICES:
+        for device in filter(torch.is_autocast_enabled, _DEVICES):
             stack.enter_context(torch.autocast(device, enabled=False))
         if hasattr(torch.backends, "fp32_precision"):
             backends = [_backend(name) for name in _PRODUCTS]
+            backends = [backend for backend in backends if backend.fp32_precision != "ieee"]
             for backend in backends:
                 stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
         else:
@@ -38,8 +39,9 @@ def full_float32() -> Iterator[None]:
             stack.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
             torch.backends.cudnn.allow_tf32 = False
         # restored before the others: it sets some of them
-        stack.callback(torch.set_float32_matmul_precision, _matmul_precision())
-        torch.set_float32_matmul_precision("highest")
+        if (before := _matmul_precision()) != "highest":
+            stack.callback(torch.set_float32_matmul_precision, before)
+            torch.set_float32_matmul_precision("highest")
         for backend in backends:
             backend.fp32_precision = "ieee"
         yield
