@@ -15,6 +15,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dptaft.data import ImageData, Split
 from dptaft.learner import Progress
 from dptaft.training.account import Account, NoAccount, Spending
@@ -125,13 +127,18 @@ def record_digests(split: Split, progress: Progress | None = None) -> list[bytes
     """SHA-256 over label and pixels of every record, in order; as private as the records."""
     labels, records = split.labels.tolist(), []
     for i, label in enumerate(labels):
-        pixels = split.pixels[i].contiguous()
-        record = hashlib.sha256(f"{label} {pixels.dtype} {tuple(pixels.shape)}\n".encode())
-        record.update(pixels.numpy().tobytes())
-        records.append(record.digest())
+        records.append(digest_of_record(label, split.pixels[i]))
         if progress is not None:
             progress("identifying the data", i + 1, len(labels))
     return records
+
+
+def digest_of_record(label: int, pixels: Tensor) -> bytes:
+    """SHA-256 over label and pixels (channels, height, width) of one record."""
+    pixels = pixels.contiguous()
+    record = hashlib.sha256(f"{label} {pixels.dtype} {tuple(pixels.shape)}\n".encode())
+    record.update(pixels.numpy().tobytes())
+    return record.digest()
 
 
 def content_of(records: Iterable[bytes]) -> str:

@@ -15,18 +15,24 @@ from torch import Tensor, nn
 from dptaft.backbones import Backbone, describe_preprocessing
 from dptaft.data import Split
 from dptaft.features import boundary_of, build_features, feature_key, keeps_grams
+from dptaft.precision import full_float32
 from dptaft.tangent.bounded import BoundedOperator
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.cut import Above
-from dptaft.tangent.diameter import DiameterOperator
+from dptaft.tangent.diameter import DiameterOperator, double_operator
 from dptaft.tangent.dual_operator import DualOperator
 from dptaft.tangent.initialise import reinitialise_blocks
 from dptaft.tangent.model import TangentModel
 from dptaft.tangent.operator import Features, TangentOperator
-from dptaft.training.clipping import Adjacency
+from dptaft.training.clipping import Adjacency, needs_double
 from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import Loss
-from dptaft.training.opacus_engine import FromBoundary, OpacusEngine, check_private_modules
+from dptaft.training.opacus_engine import (
+    FromBoundary,
+    OpacusEngine,
+    check_private_modules,
+    in_double,
+)
 from dptaft.training.plan import ModelConfig, PerformanceConfig, PlanError
 
 Progress = Callable[[str, int, int], None]
@@ -148,8 +154,9 @@ class Learner:
         chosen = {name: above.get_parameter(f"model.{name}") for name in self.tangent.names}
         for parameter in chosen.values():
             parameter.requires_grad_(True)
-        return _PlainAbove(above, self.operator.dtype), chosen
+        return _PlainAbove(above), chosen
 
+    @full_float32()
     def features(self, split: Split, progress: Progress | None = None, label: str = "features") -> Cached:
         """Cached constants of all images of a split, on the device, in memory or in the feature cache."""
         cache, seen = self.performance.feature_cache, PixelDigest()
@@ -196,17 +203,28 @@ class Learner:
         if size is not None:
             common["physical_batch_size"] = size
         labels = labels.to(self.device)
+        double = needs_double(adjacency, contracts=self.config.unit_jacobian)
         if self.engine_kind == "fused":
-            return FusedEngine(self.operator, features, labels, centered=self.config.centered, **common)
+            operator = self._double_operator if double else self.operator
+            return FusedEngine(operator, features, labels, centered=self.config.centered, **common)
+        module, parameters = self._module, self.parameters
+        if double:
+            module, parameters = in_double(module, parameters)
         return OpacusEngine(
-            self._module,
+            module,
             _unmasked(features),
             labels,
             num_classes=self.operator.num_classes,
-            parameters=self.parameters,
+            parameters=parameters,
             method=self.engine_kind,
             **common,
         )
+
+    @cached_property
+    def _double_operator(self) -> TangentOperator:
+        """The operator with all products in float64, on the same constants."""
+        wide = double_operator(self.operator, self.tangent)
+        return BoundedOperator(wide) if isinstance(self.operator, BoundedOperator) else wide
 
     @torch.no_grad()
     def logits(self, features: Features, weights: Mapping[str, Tensor], batch: int = 512) -> Tensor:
@@ -239,13 +257,12 @@ def _unmasked(features: Features) -> Tensor:
 class _PlainAbove(nn.Module):
     """The trainable part of the ordinary model, from cached activations of any precision."""
 
-    def __init__(self, above: Above, dtype: torch.dtype) -> None:
+    def __init__(self, above: Above) -> None:
         super().__init__()
         self.above = above
-        self._dtype = dtype
 
     def forward(self, boundary: Tensor) -> Tensor:
-        return self.above(boundary.to(self._dtype))
+        return self.above(boundary.to(next(self.above.parameters()).dtype))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -199,6 +199,20 @@ def train_other_data(options):
     return dptaft.train(data(RECORDS - launched().rank), **options)
 
 
+def train_permuted(options, copies=0):
+    """Training where the second process has the same images in another order, unless all are copies."""
+    whole = data()
+    order = torch.arange(RECORDS)
+    if launched().rank == 1 and not copies:
+        for label in whole.train.labels.unique():  # within classes, so that the labels agree
+            of_class = (whole.train.labels == label).nonzero().squeeze(1)
+            order[of_class] = of_class.flip(0)
+    for i in range(copies):
+        order[RECORDS - 1 - i] = order[int((whole.train.labels == whole.train.labels[-1 - i]).nonzero()[0])]
+    images = ImageData("small", whole.classes, whole.train.take(order.tolist()), whole.evaluation, True)
+    return str(dptaft.train(images, **options).path)
+
+
 def command(words):
     """Exit code, output and errors of the command line."""
     from click.testing import CliRunner

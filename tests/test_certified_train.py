@@ -179,6 +179,19 @@ def test_one_more_record_is_certified_under_add_remove():
         planned(adjacency="add-remove", public_size=50)
 
 
+def test_a_statement_says_that_the_public_size_must_bound_the_records(tmp_path):
+    options = {"adjacency": "add-remove", "public_size": 70, "scope": "head", "steps": 3}
+    claim = train(tmp_path / "one", **options).statement.claim
+    assert claim["data_accesses"]["number_of_records"] == "public, declared by the user"
+    words = [row["assumption"] for row in claim["assumptions"] if row["where"] == "--public-size"]
+    assert any("never more records than the public number" in text for text in words)
+    with pytest.raises(PlanError, match="this refusal is not covered by any claim"):
+        train(tmp_path / "two", **options | {"public_size": 50}, ledger=tmp_path / "ledger.sqlite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]  # nothing was charged
+    plain = train(tmp_path / "three", **options, certified=False).statement.claim
+    assert plain["data_accesses"]["number_of_records"] == "none"
+
+
 def test_replace_one_pays_twice_the_sensitivity():
     single, double = planned(), planned(adjacency="replace-one")
     assert double.design.regularization == pytest.approx(2 * single.design.regularization)

@@ -6,12 +6,13 @@ Every process has a `Share` and calls the same methods in the same order. The fi
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dptaft.budgeting import content_of, record_digests
+from dptaft.budgeting import content_of, digest_of_record, record_digests
 from dptaft.data import ImageData, Split
 from dptaft.distributed.blocks import own_part, own_range
 from dptaft.distributed.ranks import Ranks, flattened, unflattened
@@ -25,6 +26,7 @@ from dptaft.training.sampling import CyclicPartition, GivenParts, Sampler
 from dptaft.training.sums import RecordSums, make_sampler, sources
 
 _DIGEST_BYTES = 32
+_UNREAD = bytes(_DIGEST_BYTES)
 
 
 class Share:
@@ -36,8 +38,9 @@ class Share:
         request: what the run was asked for, with the device of this process.
 
     Formal guarantees:
-        Every record belongs to one process (`own_range`), so that the sums of all processes together have
-        one vector per drawn record: zeroing, adding, removing or replacing a record changes the sum of one
+        Every record belongs to one process: `own_range` deals numbers, and `features` refuses data in which
+        two processes read the same record under different numbers. So the sums of all processes together
+        have one vector per drawn record: zeroing, adding, removing or replacing one changes the sum of one
         process alone, by at most the sensitivity of that sum, which is therefore that of the total.
         In Poisson sampling each process draws for its own records, with randomness from its own operating
         system: inclusions are independent at the accounted rate, as in a draw over all records, and the size
@@ -52,6 +55,7 @@ class Share:
         self._held_out: Split | None = None
         if data.evaluation is not None:
             self._held_out = own_part(data.evaluation, ranks.rank, ranks.world_size)
+        self._digests: dict[int, bytes] = {}
         self._features: Cached | None = None
         self._held_features: Cached | None = None
         self._sums: RecordSums | None = None
@@ -69,6 +73,9 @@ class Share:
             "labels": data_fingerprint([self._data.train.labels]),
             "classes": list(self._data.classes),
             "privacy settings": repr(self._request.privacy),
+            "evaluation labels": data_fingerprint(
+                [] if self._data.evaluation is None else [self._data.evaluation.labels]
+            ),
         }
         first = self._ranks.broadcast(mine)
         self._ranks.agree(lambda: _require_equal(first, mine, self._ranks.rank))
@@ -77,6 +84,7 @@ class Share:
     def content(self, progress: Progress | None = None) -> str:
         """Digest of all records for the ledger (empty on other processes than the first)."""
         own = self._ranks.agree(lambda: record_digests(self._train, progress))
+        self._digests = dict(enumerate(own))
         rows = self._ranks.collect(_rows(own))
         return content_of(_bytes(rows)) if self._ranks.is_first else ""
 
@@ -86,20 +94,24 @@ class Share:
         On the first process, which always has records, the digest is that of all of them.
 
         Raises:
-            PlanError: no image of any process has finite features.
+            PlanError: no image of any process has finite features, or the processes see the records in
+                different orders.
         """
         self._features, self._held_features = self._ranks.agree(lambda: self._read(progress))
         own = self._features
         finite = torch.tensor([0 if own is None else int(own.features["finite"].sum())])
         self._ranks.sum_to_first(finite)
         self._ranks.agree(lambda: self._require_some(int(finite)))
+        digests = self._ranks.collect(_rows([self._digests[i] for i in range(len(self._train))]))
+        self._ranks.agree(lambda: self._require_once(_bytes(digests)))
         blocks = _bytes(self._ranks.collect(_rows(() if own is None else own.blocks)))
         if own is None:
             return None, self._held_features
         return Cached(own.features, digest_of_blocks(blocks)), self._held_features
 
     def _read(self, progress: Progress | None) -> tuple[Cached | None, Cached | None]:
-        own = _features(self.learner, self._train, progress, "reading images")
+        watched = Split(_Watched(self._train, self._digests), self._train.labels)
+        own = _features(self.learner, watched, progress, "reading images")
         if self._held_out is None:
             return own, None
         return own, _features(self.learner, self._held_out, progress, "reading evaluation")
@@ -107,6 +119,30 @@ class Share:
     def _require_some(self, finite: int) -> None:
         if self._ranks.is_first and not finite:
             raise PlanError("no image has finite features; check the images and the backbone's weights")
+
+    def _require_once(self, digests: Sequence[bytes]) -> None:
+        """Refuse records of several processes that the first one does not have as often itself.
+
+        Digests in the order of the numbers: `own_range` deals ascending runs. Each record that was read once
+        is in one sum. For one that several processes read, the first process looks at its own records of the
+        same numbers: equal copies in the data may be in several sums, a record in another place may not.
+        Records that could not be read are in no sum.
+        """
+        if not self._ranks.is_first:
+            return
+        places: dict[bytes, list[int]] = defaultdict(list)
+        for number, digest in enumerate(digests):
+            places[digest].append(number)
+        places.pop(_UNREAD, None)
+        mine = len(self._train)
+        for digest, numbers in places.items():
+            for number in numbers if len(numbers) > 1 and numbers[-1] >= mine else ():
+                label, pixels = int(self._data.train.labels[number]), self._data.train.pixels[number]
+                if digest_of_record(label, pixels) != digest:
+                    raise PlanError(
+                        "the processes see the records in different orders, so that some would count twice; "
+                        "give all processes the same files in the same order"
+                    )
 
     def begin(
         self, sampling: Sampling, l2_clip_norm: float, adjacency: Adjacency, whole: Sampler | None = None
@@ -206,6 +242,24 @@ class Share:
         counts = torch.tensor([len(self._train.unreadable), held])
         self._ranks.sum_to_first(counts)
         return int(counts[0]), int(counts[1])
+
+
+class _Watched:
+    """Images of which every one that is read leaves its digest; nothing is read or hashed a second time."""
+
+    def __init__(self, split: Split, digests: dict[int, bytes]) -> None:
+        self._split, self._digests = split, digests
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> Tensor:
+        pixels = self._split.pixels[index]
+        if not bool(torch.isfinite(pixels).all()):
+            self._digests[index] = _UNREAD
+        elif index not in self._digests:
+            self._digests[index] = digest_of_record(int(self._split.labels[index]), pixels)
+        return pixels
 
 
 def _features(learner: Learner, split: Split, progress: Progress | None, label: str) -> Cached | None:

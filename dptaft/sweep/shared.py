@@ -11,6 +11,7 @@ from torch import Tensor
 from dptaft.data import Split
 from dptaft.features import boundary_of, gather
 from dptaft.learner import FEATURE_BATCH, Cached, Learner, PixelDigest, Progress
+from dptaft.precision import full_float32
 from dptaft.tangent.compiled import CompiledLastBlock
 from dptaft.tangent.factored import FactoredLastBlock
 from dptaft.tangent.operator import Features
@@ -50,6 +51,7 @@ class Boundaries:
         self._most = most_bytes
         self._kept: dict[tuple[object, ...], tuple[Split, list[Tensor], str]] = {}
 
+    @full_float32()
     def features(self, learner: Learner, split: Split, progress: Progress | None, label: str) -> Cached:
         """The features that `Learner.features` gives, from boundary activations computed once."""
         if learner.performance.feature_cache is not None:

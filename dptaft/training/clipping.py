@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Adjacency = Literal["zero-out", "add-remove", "replace-one"]
+T = TypeVar("T")
 
 FLOAT_SLACK = 2.0**-13
-"""Relative allowance for float32 rounding of norms, factors and sums; enlarges the declared sensitivity."""
+"""Relative allowance for the rounding of norms, factors and sums; enlarges the declared sensitivity.
+
+Records of zero-out and replace-one neighbours keep their places, so that all sums but that of one piece are
+the same to the last bit; float32 is enough for one piece of at most `LARGEST_PIECE` records. Under add-remove
+every later record moves, and rounding could differ in all pieces: there `needs_double` asks for float64.
+"""
 
 
 def check_clip_norm(l2_clip_norm: float) -> None:
@@ -53,6 +59,41 @@ def clip_factors(norms: Tensor, l2_clip_norm: float | Sequence[float]) -> Tensor
     check_clip_norm(l2_clip_norm)
     factors = (l2_clip_norm / norms).clamp(max=1.0)
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(norms))
+
+
+def clipped_cotangents(norms: Tensor, cotangents: Tensor, l2_clip_norm: float | Sequence[float]) -> Tensor:
+    """``min(1, l2_clip_norm / norm) r`` per example, in the dtype of the cotangents.
+
+    Factors are float64: a float32 below 2^-126 keeps few bits, though the product may be an ordinary number.
+
+    Args:
+        norms: gradient norms, (n,) or (members, n).
+        cotangents: r, (n, C) or (members, n, C).
+        l2_clip_norm: clip norm; or one for each member.
+
+    Example:
+        >>> clipped_cotangents(torch.tensor([2.0e33]), torch.tensor([[2.0e27]]), 1e-6)
+        tensor([[1.0000e-12]])
+    """
+    factors = clip_factors(norms.double(), l2_clip_norm)
+    return (factors.unsqueeze(-1) * cotangents).to(cotangents.dtype)
+
+
+def needs_double(adjacency: Adjacency, *, contracts: bool) -> bool:
+    """Whether products over the records must be taken in float64.
+
+    A float32 addition is off by up to 2^-24 of its result. That concerns one piece where all other records
+    keep their places. It adds up over all n records where they move (add-remove), and in a certified step,
+    whose proof compares two chains at different weights (`contracts`). In float64, n terms of norm at most C
+    in pieces of m = `LARGEST_PIECE`, added one after the other, are off by at most ``(m + n/m) n 2^-53 C``
+    (Higham 2002, section 4.2), and the terms, each within 2^-41 of the exact gradient for fewer than 2^12
+    additions behind any of its numbers, by ``2^-41 n C``: together below ``2^-15 C`` up to n = 2^23.
+
+    Example:
+        >>> needs_double("zero-out", contracts=False), needs_double("add-remove", contracts=False)
+        (False, True)
+    """
+    return contracts or adjacency == "add-remove"
 
 
 @dataclass(frozen=True)
@@ -157,23 +198,24 @@ def require_finite_start(clipped: ClippedSum, batch_size: int) -> None:
         )
 
 
-LARGEST_PIECE = 2048
-"""Sums over one piece are float32: longer ones would outgrow `FLOAT_SLACK`, whatever fits in memory."""
+LARGEST_PIECE = 512
+"""Sums over one piece may be float32: longer ones would outgrow `FLOAT_SLACK`, whatever fits in memory."""
 
 
 class PhysicalBatches:
     """Works through a batch in pieces that fit in memory; the pieces never change what is computed.
 
-    After an out-of-memory error the piece size is halved, and the failed piece is done again.
+    After an out-of-memory error the piece size is halved, and the failed piece is computed again. What a
+    piece found is kept once: an error while it is kept, of whatever kind, ends the work.
 
     Args:
         size: largest number of examples in memory at once; at most `LARGEST_PIECE` are taken.
 
     Example:
-        >>> PhysicalBatches(2).run(5, lambda start, stop: print(start, stop))
-        0 2
-        2 4
-        4 5
+        >>> PhysicalBatches(2).run(5, lambda start, stop: (start, stop), print)
+        (0, 2)
+        (2, 4)
+        (4, 5)
     """
 
     def __init__(self, size: int) -> None:
@@ -181,8 +223,13 @@ class PhysicalBatches:
             raise ValueError(f"physical_batch_size must be at least 1, got {size}")
         self.size = min(size, LARGEST_PIECE)
 
-    def run(self, count: int, piece: Callable[[int, int], None]) -> None:
-        """Call ``piece(start, stop)`` over 0..count; `piece` changes nothing until it cannot fail any more.
+    def run(self, count: int, compute: Callable[[int, int], T], keep: Callable[[T], None]) -> None:
+        """Call ``keep(compute(start, stop))`` over 0..count.
+
+        Args:
+            count: number of examples.
+            compute: changes nothing; called again with less when memory runs out.
+            keep: called once for every example, and never again after an error.
 
         Raises:
             RuntimeError: a single example does not fit in memory.
@@ -191,7 +238,7 @@ class PhysicalBatches:
         while start < count:
             stop = min(count, start + self.size)
             try:
-                piece(start, stop)
+                found = compute(start, stop)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or stop - start == 1:
                     raise
@@ -199,7 +246,49 @@ class PhysicalBatches:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
+            keep(found)
             start = stop
+
+
+class RunningSum:
+    """Float64 totals by name, to which whole parts are added without taking memory.
+
+    Args:
+        like: tensors of the names, shapes and device of the totals.
+
+    Example:
+        >>> total = RunningSum({"w": torch.zeros(2)})
+        >>> total.add({"w": torch.ones(2)})
+        >>> total.add({"w": torch.ones(2)})
+        >>> total.value()["w"].tolist()
+        [2.0, 2.0]
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self._totals = {
+            name: torch.empty(t.shape, dtype=torch.float64, device=t.device) for name, t in like.items()
+        }
+        largest = max(self._totals.values(), key=Tensor.numel)
+        self._wide = torch.empty_like(largest).view(-1)
+        self._empty = True
+
+    def add(self, part: Mapping[str, Tensor]) -> None:
+        """Add a part; after an error the totals are not to be used."""
+        for name, total in self._totals.items():
+            if self._empty:
+                total.copy_(part[name])
+            elif part[name].dtype == total.dtype:
+                total.add_(part[name])
+            else:  # adding float32 to float64 would make a copy first, after other totals have changed
+                total.add_(self._wide[: total.numel()].view(total.shape).copy_(part[name]))
+        self._empty = False
+
+    def value(self) -> dict[str, Tensor]:
+        """The totals; zeros where nothing was added."""
+        if self._empty:
+            for total in self._totals.values():
+                total.zero_()
+        return self._totals
 
 
 def is_out_of_memory(error: BaseException) -> bool:

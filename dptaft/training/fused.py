@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from dptaft.precision import full_float32
 from dptaft.training.clipping import (
     FLOAT_SLACK,
     Adjacency,
     ClippedSum,
     PhysicalBatches,
+    RunningSum,
     check_clip_norm,
-    clip_factors,
+    clipped_cotangents,
     l2_sensitivity,
 )
 
@@ -75,10 +77,12 @@ class FusedEngine:
 
     Formal guarantees:
         The result of `clipped_sum` is a sum of one vector per example in the batch, of L2 norm at most
-        `l2_clip_norm` up to float32 rounding, for which the declared sensitivity has an allowance
-        (`dptaft.training.clipping.FLOAT_SLACK`). Examples whose gradient is not finite contribute zero.
+        `l2_clip_norm` up to rounding, for which the declared sensitivity has an allowance
+        (`dptaft.training.clipping.FLOAT_SLACK`); under add-remove for operators in float64 only
+        (`dptaft.training.clipping.needs_double`). Examples whose gradient is not finite contribute zero.
     """
 
+    @full_float32()
     def __init__(
         self,
         operator: TangentOperator,
@@ -121,6 +125,8 @@ class FusedEngine:
         like = self.operator.offset(self._features.index(slice(0, 1)))
         return {name: like.new_zeros((*lead, *shape)) for name, shape in self.parameter_shapes.items()}
 
+    @full_float32()
+    @torch.no_grad()
     def clipped_sum(
         self, theta: Mapping[str, Tensor], indices: Tensor, l2_clip_norms: Sequence[float] | None = None
     ) -> ClippedSum:
@@ -144,24 +150,20 @@ class FusedEngine:
                 f"there are {len(l2_clip_norms)} clip norms for {members} members; give one for each"
             )
         clip = self.l2_clip_norm if l2_clip_norms is None else tuple(l2_clip_norms)
-        total: dict[str, Tensor] = {}
+        total = RunningSum({name: theta[name] for name in self.parameter_shapes})
         bad = torch.zeros(members or 1, dtype=torch.int64)
 
-        def piece(start: int, stop: int) -> None:
-            nonlocal bad
+        def compute(start: int, stop: int) -> tuple[dict[str, Tensor], Tensor]:
             part, part_bad = self._piece(theta, clip, self._select(indices, start, stop))
-            for name, value in part.items():  # float64: the rounding of a long sum would outgrow FLOAT_SLACK
-                total[name] = total[name].add_(value) if name in total else value.double()
-            bad = bad + part_bad.cpu()
+            return part, part_bad.cpu()
 
-        with torch.no_grad():
-            self._physical.run(len(indices), piece)
-            if not total:
-                total = {
-                    name: torch.zeros_like(theta[name], dtype=torch.float64) for name in self.parameter_shapes
-                }
+        def keep(found: tuple[dict[str, Tensor], Tensor]) -> None:
+            total.add(found[0])
+            bad.add_(found[1])
+
+        self._physical.run(len(indices), compute, keep)
         counts = () if members is None else tuple(int(count) for count in bad)
-        return ClippedSum(total, clip, self.adjacency, members, int(bad.sum()), counts)
+        return ClippedSum(total.value(), clip, self.adjacency, members, int(bad.sum()), counts)
 
     def _select(self, indices: Tensor, start: int, stop: int) -> slice | Tensor:
         """A slice (no copy) where the batch is the whole data set."""
@@ -177,7 +179,7 @@ class FusedEngine:
             logits = logits + self.operator.offset(features)
         cotangents = self.loss.cotangent(logits, self._labels[chosen])
         norms = self._norms(features, cotangents, chosen)
-        clipped = clip_factors(norms, clip).unsqueeze(-1) * cotangents
+        clipped = clipped_cotangents(norms, cotangents, clip)
         finite = torch.isfinite(norms)
         bad = (~finite).sum(-1).reshape(-1)
         if bool(bad.any()):  # 0 * inf is not 0: leave such examples out of the product altogether
@@ -192,19 +194,21 @@ class FusedEngine:
             return self.operator.gradient_norms(features, cotangents)
         return gram_norms(grams if self._kept_grams else grams[chosen], cotangents)
 
+    @torch.no_grad()
     def _compute_grams(self) -> Tensor:
-        grams = torch.empty(0)
+        grams: list[Tensor] = []
 
-        def piece(start: int, stop: int) -> None:
-            nonlocal grams
+        def compute(start: int, stop: int) -> tuple[slice, Tensor]:
             part = self.operator.gram(self._features.index(slice(start, stop)))
-            if start == 0:  # once for all: parts and their concatenation would take twice the memory
-                grams = part.new_empty(self.num_examples, *part.shape[1:])
-            grams[start:stop] = part
+            if not grams:  # once for all: parts and their concatenation would take twice the memory
+                grams.append(part.new_empty(self.num_examples, *part.shape[1:]))
+            return slice(start, stop), part
 
-        with torch.no_grad():
-            self._physical.run(self.num_examples, piece)
-        return grams
+        def keep(found: tuple[slice, Tensor]) -> None:
+            grams[0][found[0]] = found[1]
+
+        self._physical.run(self.num_examples, compute, keep)
+        return grams[0]
 
     @torch.no_grad()
     def _check_norms(self) -> None:

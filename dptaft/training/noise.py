@@ -26,6 +26,7 @@ import hashlib
 import math
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NoReturn
 
@@ -82,7 +83,7 @@ class _Stream:
         np.bitwise_and(self._bits, _MASK, out=self._bits)
 
     def _guard_fork(self) -> None:
-        """A hook for sources whose key must not be shared with a forked process."""
+        """A hook for sources whose key must not be shared with a copy of the process."""
 
     def integers(self, count: int) -> Tensor:
         """Independent uniform integers in [0, 2**63), int64, shape (count,)."""
@@ -197,7 +198,9 @@ class NoiseSource(_Stream):
 
     Formal guarantees:
         Draws are computationally indistinguishable from independent ones as long as AES-256 is a pseudorandom
-        permutation. The key exists in this process only and is replaced in a forked child.
+        permutation. The key exists in this process only: a forked child replaces it before it runs anything
+        (``os.register_at_fork``), and one that was made without Python's knowledge before its first draw, by
+        its process number.
 
     Example:
         >>> source = NoiseSource()
@@ -213,11 +216,29 @@ class NoiseSource(_Stream):
     def __init__(self) -> None:
         self._pid = os.getpid()
         super().__init__(os.urandom(32))
+        _SECRET.add(self)
 
     def _guard_fork(self) -> None:
         if self._pid != os.getpid():
-            self._pid, self._worker = os.getpid(), None
-            self._start(os.urandom(32))
+            self._renew()
+
+    def _renew(self) -> None:
+        """Another key, and nothing left that was drawn from the old one."""
+        self._pid, self._worker = os.getpid(), None
+        self._start(os.urandom(32))
+
+
+_SECRET: weakref.WeakSet[NoiseSource] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for source in list(_SECRET):
+        source._lock = threading.RLock()  # another thread of the parent may have held it
+        source._renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class InsecureSeededNoise(_Stream):

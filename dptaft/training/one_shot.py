@@ -108,12 +108,15 @@ class SoftmaxProblem:
         """`work` on consecutive parts of the records, each of which fits in memory."""
         found: list[Tensor] = []
 
-        def piece(start: int, stop: int) -> None:
-            found.append(work(self._features.index(slice(start, stop)), slice(start, stop)))
-
-        with torch.no_grad():
-            self._physical.run(len(self), piece)
+        self._run(work, found.append)
         return found
+
+    @torch.no_grad()
+    def _run(self, work: Callable[[Features, slice], Tensor], keep: Callable[[Tensor], None]) -> None:
+        def compute(start: int, stop: int) -> Tensor:
+            return work(self._features.index(slice(start, stop)), slice(start, stop))
+
+        self._physical.run(len(self), compute, keep)
 
     def unflatten(self, weights: Tensor) -> dict[str, Tensor]:
         """Views of flat weights by name."""
@@ -138,13 +141,14 @@ class SoftmaxProblem:
         cotangents = self.cotangents(products) * self._scales[:, None]
         total = self.regularization * weights + self.linear
 
-        def add(few: Features, at: slice) -> Tensor:
+        def pull(few: Features, at: slice) -> Tensor:
             pulled = self.operator.vjp(few, cotangents[at])
-            flat = torch.cat([pulled[name].reshape(-1) for name in self._shapes])
-            total.add_(flat)
-            return total[:0]
+            return torch.cat([pulled[name].reshape(-1) for name in self._shapes])
 
-        self._pieces(add)
+        def add(part: Tensor) -> None:
+            total.add_(part)
+
+        self._run(pull, add)
         return total
 
     def allowance(self, weights: Tensor) -> float:

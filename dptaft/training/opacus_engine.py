@@ -9,6 +9,8 @@ normaliser are those of the fused engine.
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -16,12 +18,16 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from dptaft.precision import full_float32
 from dptaft.training.clipping import (
+    FLOAT_SLACK,
     Adjacency,
     ClippedSum,
     PhysicalBatches,
+    RunningSum,
     check_clip_norm,
     clip_factors,
+    clipped_cotangents,
     l2_sensitivity,
 )
 from dptaft.training.fused import check_labels, check_unique
@@ -128,6 +134,7 @@ class OpacusEngine:
         """Remove the hooks from the module."""
         self._wrapped.remove_hooks()
 
+    @full_float32()
     def clipped_sum(self, theta: Mapping[str, Tensor], indices: Tensor) -> ClippedSum:
         """Sum over the batch of clipped gradients at `theta`; physical batches are added in float64.
 
@@ -142,23 +149,25 @@ class OpacusEngine:
         self._load(theta)
         if not self._verified and len(indices):
             self._verify(indices[:1])
-        total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.parameters.items()}
+            if self._method == "ghost":
+                self._verify_ghost(indices[:1])
+        total = RunningSum({name: p.detach() for name, p in self.parameters.items()})
         bad = 0
+        piece = self._hooks_piece if self._method == "hooks" else self._ghost_piece
 
-        def piece(start: int, stop: int) -> None:
-            nonlocal bad
-            chosen = indices[start:stop]
-            compute = self._hooks_piece if self._method == "hooks" else self._ghost_piece
+        def compute(start: int, stop: int) -> tuple[dict[str, Tensor], int]:
             try:
-                part, part_bad = compute(chosen)
+                return piece(indices[start:stop])
             finally:
                 self._clear()
-            for name, value in part.items():
-                total[name].add_(value)
-            bad += part_bad
 
-        self._physical.run(len(indices), piece)
-        return ClippedSum(total, self.l2_clip_norm, self.adjacency, None, bad)
+        def keep(found: tuple[dict[str, Tensor], int]) -> None:
+            nonlocal bad
+            total.add(found[0])
+            bad += found[1]
+
+        self._physical.run(len(indices), compute, keep)
+        return ClippedSum(total.value(), self.l2_clip_norm, self.adjacency, None, bad)
 
     def _verify(self, chosen: Tensor) -> None:
         """Compare what the hooks see of one example with its gradient by plain automatic differentiation.
@@ -186,6 +195,31 @@ class OpacusEngine:
             names = [name for name, bad in zip(self.parameters, wrong.tolist(), strict=True) if bad]
             raise ValueError(_UNSEEN.format(names=", ".join(names)))
         self._verified = bool(torch.isfinite(exact).all())
+
+    def _verify_ghost(self, chosen: Tensor) -> None:
+        """Compare a scaled gradient with the norm that the scale is for, as one pass follows the other.
+
+        Raises:
+            ValueError: layers above cancel so much of the cotangent that each pass rounds it differently.
+        """
+        logits = self._wrapped(self._inputs[chosen])
+        generator = torch.Generator().manual_seed(0)
+        wide = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+        cotangents = (wide - wide.mean()).to(logits)
+        try:
+            self._backward(logits, cotangents, retain_graph=True)
+            norm = float(torch.stack(list(self._example_norms(1).values())).double().norm())
+            for p in self.parameters.values():
+                p.grad = None
+            self._wrapped.disable_hooks()
+            self._backward(logits, cotangents / 3.0)
+            parts = [p.grad.double().norm() for p in self.parameters.values() if p.grad is not None]
+            scaled = 3.0 * float(torch.stack(parts).norm())
+        finally:
+            self._wrapped.enable_hooks()
+            self._clear()
+        if math.isfinite(norm) and math.isfinite(scaled) and abs(scaled - norm) > FLOAT_SLACK * norm:
+            raise ValueError("gradient norms by ghost clipping disagree with the gradients; use engine hooks")
 
     def _example_norms(self, count: int) -> dict[str, Tensor]:
         """Gradient norm (count,) of every parameter and example, after a backward pass through the hooks."""
@@ -250,8 +284,7 @@ class OpacusEngine:
             p.grad = None
         self._wrapped.disable_hooks()
         try:
-            factors = clip_factors(norms, self.l2_clip_norm)
-            self._backward(logits, factors.unsqueeze(1) * cotangents)
+            self._backward(logits, clipped_cotangents(norms, cotangents, self.l2_clip_norm))
         finally:
             self._wrapped.enable_hooks()
         return {name: p.grad for name, p in self.parameters.items()}, 0
@@ -269,6 +302,22 @@ def _named_parameters(module: nn.Module, names: Mapping[str, nn.Parameter] | Non
     if {id(p) for p in names.values()} != {id(p) for p in own.values()}:
         raise ValueError("parameters must name exactly the module's trainable parameters")
     return dict(names)
+
+
+def in_double(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """A copy of a module whose products are float64, and its trained parameters by their names.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> wide, parameters = in_double(layer, {"w": layer.weight})
+        >>> parameters["w"].dtype, wide.weight is parameters["w"], layer.weight.dtype
+        (torch.float64, True, torch.float32)
+    """
+    paths = {id(p): path for path, p in module.named_parameters()}
+    wide = copy.deepcopy(module).double()
+    return wide, {name: wide.get_parameter(paths[id(p)]) for name, p in parameters.items()}
 
 
 def _set_modes(module: nn.Module) -> None:

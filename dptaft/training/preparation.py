@@ -183,7 +183,8 @@ def _prepare_certified(data: ImageData, request: Request, learner: Learner) -> P
     records = privacy.public_size or len(data.train)
     if len(data.train) > records:
         raise PlanError(
-            f"the certificate covers at most the public size {records}, which the data exceed; raise it"
+            f"the certificate covers at most the public size {records}, which the data exceed; raise it to a "
+            "number that no data of this kind can exceed (this refusal is not covered by any claim)"
         )
     delta = privacy.delta if privacy.delta is not None else default_delta(records)
     found = design_for(

@@ -37,10 +37,17 @@ def data_accesses(data: ImageData, request: Request, *, tuned: bool) -> dict[str
         "hyperparameters": NOT_COVERED if tuned else PUBLIC,
         "head": PUBLIC if request.model.head == "random" else NOT_COVERED,
         "early_stopping": NONE,
-        "number_of_records": NONE if privacy.adjacency == "add-remove" else PUBLIC,
+        "number_of_records": _number(request),
         "backbone": _backbone(request),
         "evaluation": NONE if data.evaluation is None else NOT_COVERED,
     }
+
+
+def _number(request: Request) -> str:
+    """A certified step covers at most the public size: that it bounds the number is the user's word."""
+    if request.privacy.adjacency != "add-remove":
+        return PUBLIC
+    return DECLARED if request.privacy.certified else NONE
 
 
 def _backbone(request: Request) -> str:
@@ -66,7 +73,7 @@ def assumptions(
     found = _of_one_shot(plan) if isinstance(plan, OneShotPlan) else _of_steps(plan, certificate)
     if processes > 1:
         found += [
-            ("every record is in the sums of one process only", _BY_CODE, "dptaft/distributed/blocks.py"),
+            ("every record is in the sums of one process only", _BY_CODE, "dptaft/distributed/share.py"),
             (
                 f"what the {processes} processes send each other, sums without noise among it, stays secret",
                 _BY_NOBODY,
@@ -75,6 +82,15 @@ def assumptions(
         ]
     if request.privacy.adjacency == "add-remove":
         found.append(("the public number of records does not come from the data", _BY_USER, "--public-size"))
+        if certificate is not None:
+            found.append(
+                (
+                    "there are never more records than the public number; data that exceed it are refused, "
+                    "before anything is charged, and that refusal is not covered",
+                    _BY_USER,
+                    "--public-size",
+                )
+            )
     if data.classes_are_public and not data.is_public:
         found.append(("the list of classes does not come from the data", _BY_USER, "--classes"))
     by, where = (

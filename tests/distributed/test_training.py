@@ -138,6 +138,22 @@ def test_an_error_of_one_process_is_that_of_the_run(tmp_path):
     assert "process 1 has other labels" in first.text
 
 
+@pytest.mark.parametrize("ledger", [None, "ledger.sqlite"])
+def test_records_in_another_order_are_refused_before_any_step(tmp_path, ledger):
+    ledger = ledger and tmp_path / ledger
+    options = {**COMMON, "steps": 2, "output": tmp_path / "run", "ledger": ledger}
+    first, second = together(2, rank_tasks.train_permuted, options)
+    assert first.for_users
+    assert "see the records in different orders" in first.text
+    assert second.kind == "RunEndedError"
+    assert not (tmp_path / "run").exists()
+
+
+def test_copies_that_all_processes_have_in_the_same_places_are_records_of_their_own(tmp_path):
+    options = {**COMMON, "steps": 2, "output": tmp_path / "run", "ledger": None}
+    succeeded(together(2, rank_tasks.train_permuted, options, 3))
+
+
 def test_unreadable_images_of_all_processes_are_counted(tmp_path):
     options = {**COMMON, "steps": 2, "output": tmp_path / "run"}
     results = together(2, counted_warnings, options)

@@ -90,10 +90,10 @@ def test_physical_batches_halve_only_when_memory_runs_out():
     def piece(start, stop):
         if stop - start > 2:
             raise MemoryError
-        seen.append((start, stop))
+        return start, stop
 
     batches = PhysicalBatches(9)
-    batches.run(9, piece)
+    batches.run(9, piece, seen.append)
     assert seen == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
     assert batches.size == 2
 
@@ -101,8 +101,20 @@ def test_physical_batches_halve_only_when_memory_runs_out():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        batches.run(3, broken)
+        batches.run(3, broken, seen.append)
     with pytest.raises(ValueError, match="physical_batch_size"):
         PhysicalBatches(0)
     with pytest.raises(MemoryError):
-        PhysicalBatches(1).run(1, lambda start, stop: (_ for _ in ()).throw(MemoryError()))
+        PhysicalBatches(1).run(1, lambda start, stop: (_ for _ in ()).throw(MemoryError()), seen.append)
+
+
+def test_what_a_piece_found_is_kept_once_or_not_at_all():
+    kept = []
+
+    def keep(found):
+        kept.append(found)
+        raise MemoryError("in the middle of keeping")
+
+    with pytest.raises(MemoryError, match="in the middle"):
+        PhysicalBatches(4).run(8, lambda start, stop: (start, stop), keep)
+    assert kept == [(0, 4)]

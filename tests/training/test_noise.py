@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -202,6 +203,29 @@ def test_nothing_about_the_key_is_visible(monkeypatch):
     kept = [value for value in vars(source).values() if isinstance(value, bytes | bytearray | str | int)]
     assert kept
     assert all(value != key and not (isinstance(value, bytes) and key in value) for value in kept)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("same_number", [False, True])
+def test_a_real_fork_draws_from_another_key(monkeypatch, same_number):
+    """Also where the child has its parent's process number, as in another namespace."""
+    source, number = NoiseSource(), os.getpid()
+    if same_number:
+        monkeypatch.setattr(os, "getpid", lambda: number)
+    with source._lock:  # held while the process forks
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other tests have left threads
+            child = os.fork()
+        if child == 0:
+            os.write(writing, source.integers(4).numpy().tobytes())
+            os._exit(0)
+    os.waitpid(child, 0)
+    theirs = os.read(reading, 32)
+    os.close(reading)
+    os.close(writing)
+    assert len(theirs) == 32
+    assert theirs != source.integers(4).numpy().tobytes()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
