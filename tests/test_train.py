@@ -343,9 +343,7 @@ def test_a_full_disk_leaves_no_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No space left"):
         dptaft.train(small_data(), epsilon=1, steps=2, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    monkeypatch.undo()
-    run = dptaft.train(small_data(), epsilon=1, steps=2, output=tmp_path / "run", resume=True)
-    assert run.statement.mechanism["steps_executed"] == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_changed_weights_are_noticed(tmp_path):
