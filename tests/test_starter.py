@@ -1,3 +1,4 @@
+import dataclasses
 from importlib.resources import files
 
 import pytest
@@ -39,11 +40,12 @@ def test_starter_features_separate_digits():
 
 @pytest.mark.parametrize("name", STARTERS)
 def test_every_bundled_backbone_is_public_without_anybodys_word(tmp_path, name):
-    run = train(small_data(), epsilon=8, steps=1, model=name, scope="head", output=tmp_path / "run")
+    data = dataclasses.replace(small_data(), is_public=True)
+    run = train(data, epsilon=8, steps=1, model=name, scope="head", output=tmp_path / "run")
     assert run.statement.claim["data_accesses"]["backbone"] == "public"
     assert verify(run.path, policy=Policy(allowed_declared=())).passed
     given = train(
-        small_data(),
+        data,
         epsilon=8,
         steps=1,
         model=name,
