@@ -263,11 +263,12 @@ def sha256_file(path: Path) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Refuse an output folder that exists or cannot be made, before any work.
+    """Refuse an output folder that exists, cannot be made or has no readable name, before any work.
 
     Raises:
         RunError: with the remedy.
     """
+    require_text("the output", str(path), "choose another one")
     try:
         if path.exists():
             raise RunError(f"the output folder {path} exists; choose another one or remove it")

@@ -1,6 +1,7 @@
 """What fails after the privacy was spent costs nothing more: a resumed run writes the very same weights."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib
@@ -8,9 +9,12 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from builders import small_data, write_folder
+from builders import small_data, small_images, write_folder
+from click.testing import CliRunner
 from safetensors.torch import load_file
+from sweeping import recipe
 
 import dptaft
 import dptaft.runs
@@ -18,8 +22,16 @@ import dptaft.storage
 import dptaft.training.checkpoint
 import dptaft.training.finish
 import dptaft.training.result
+from dptaft.backends import BackendConfig
 from dptaft.budgeting import default_ledger
+from dptaft.cli import main
 from dptaft.runs import OutputLostError
+from dptaft.shards import compose, load_collection, remove_record, train_shards
+from dptaft.shards.records import Records
+from dptaft.sweep.runner import run_sweep
+from dptaft.training.account import NoAccount
+from dptaft.training.members import Point, run_members
+from dptaft.training.plan import ModelConfig, PerformanceConfig, PrivacyConfig, Request
 from dptaft.training.trainer import partial_folder
 from dptaft_accounting.ledger import Ledger
 
@@ -126,7 +138,7 @@ def _check(tmp_path, monkeypatch, place, nth, options):
     if place == "sync" and nth == 6:  # the folder has its name already, only its parent was not synchronised
         assert dptaft.load_run(tmp_path / "run").statement is not None
         return
-    assert "--resume writes it at no cost" in message
+    assert "--resume), which writes it at no cost" in message
     assert not (tmp_path / "run").exists()
     before = spent(tmp_path)
     assert [entry.state for entry in before[0]] == ["committed"]
@@ -189,7 +201,7 @@ def test_a_solution_has_its_room_before_it_is_paid_for(tmp_path, monkeypatch):
     monkeypatch.setattr(dptaft.training.one_shot_run, "train_once", solved)
     with monkeypatch.context() as patch:
         patch.setattr(dptaft.training.result, "new_run", _no_room)
-        with pytest.raises(OutputLostError, match="--resume writes it at no cost"):
+        with pytest.raises(OutputLostError, match="writes it at no cost"):
             dptaft.train(small_data(), output=tmp_path / "run", **KINDS["output"])
     run = dptaft.train(small_data(), output=tmp_path / "run", resume=True, **KINDS["output"])
     assert run.statement.recompute().holds
@@ -258,3 +270,125 @@ def test_drafts_of_killed_writes_are_removed_and_others_stay(tmp_path):
         dptaft.training.checkpoint.write_atomically(tmp_path / "state.json", b"{}")
         assert living.exists()
     assert not half.exists()
+
+
+def settle_fails_once(monkeypatch, patched):
+    """The first run that is written fails, the others do not."""
+    original, failed = dptaft.training.result.new_run, []
+
+    @contextlib.contextmanager
+    def new_run(path):
+        if not failed:
+            failed.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with original(path) as folder:
+            yield folder
+
+    patched.setattr(dptaft.training.result, "new_run", new_run)
+    return failed
+
+
+def test_shards_that_could_not_be_written_are_written_at_no_cost(tmp_path, monkeypatch):
+    options = {"epsilon": 2, "steps": 3, "scope": "head", "output": tmp_path / "run", "public_seed": 1}
+    with monkeypatch.context() as patch:
+        failed = settle_fails_once(monkeypatch, patch)
+        with pytest.raises(OutputLostError, match="shard 1: the run was trained"):
+            train_shards(small_data(), 2, **options)
+    kept = load_file(partial_folder(failed[0]) / "result.safetensors")
+    (entry,) = spent(tmp_path)[0]
+    made = train_shards(small_data(), 2, resume=True, **options)
+    entries = spent(tmp_path)[0]
+    assert [e.state for e in entries] == ["committed", "committed"]
+    assert entries[0].charge == entry.charge
+    found = load_file(made.runs()[0] / "model.safetensors")
+    assert all(bool((found[f"trained/{name}"] == value).all()) for name, value in kept.items())
+
+
+def test_members_of_a_sweep_that_could_not_be_written_are_written_at_no_cost(tmp_path, monkeypatch):
+    data = small_data()
+
+    def points():
+        return [
+            Point(
+                Request(
+                    PrivacyConfig(epsilon, steps=3),
+                    ModelConfig(scope="head"),
+                    {},
+                    PerformanceConfig(),
+                    "small",
+                ),
+                tmp_path / f"run{epsilon}",
+                NoAccount("a test"),
+            )
+            for epsilon in (1.0, 2.0)
+        ]
+
+    with monkeypatch.context() as patch:
+        failed = settle_fails_once(monkeypatch, patch)
+        lost, fine = run_members(data, points())
+    assert isinstance(lost, OutputLostError)
+    kept = load_file(partial_folder(failed[0]) / "result.safetensors")
+    again, known = run_members(data, points())
+    assert fine.path == tmp_path / "run2.0"
+    assert isinstance(known, ValueError)  # it exists
+    found = load_file(again.path / "model.safetensors")
+    assert all(bool((found[f"trained/{name}"] == value).all()) for name, value in kept.items())
+    assert again.accuracy is not None
+
+
+def test_parallel_shards_and_sweeps_try_to_write_before_they_pay(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    np.savez(tmp_path / "few.npz", images=small_images(12)[0].clip(0, 1), labels=small_images(12)[1])
+    data = [{"name": "few", "source": str(tmp_path / "few.npz"), "classes": ["a", "b", "c"]}]
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(ValueError, match="cannot be written"):
+        run_sweep(recipe("publish-all", epsilons=[1.0], steps=2, data=data), tmp_path / "sweep")
+    with pytest.raises(ValueError, match="cannot be written"):
+        train_shards(
+            str(tmp_path / "few.npz"), 2, classes=["a", "b", "c"], output=tmp_path / "run", epsilon=1,
+            steps=2, scope="head", backend=BackendConfig("local", jobs=2),
+        )  # fmt: skip
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
+def test_shards_with_names_that_cannot_be_written_leave_nothing(tmp_path):
+    data = dataclasses.replace(small_data(), classes=("a", "caf\udce9", "c"))
+    with pytest.raises(ValueError, match="is not UTF-8; rename"):
+        train_shards(data, 2, output=tmp_path / "run", **QUICK)
+    with pytest.raises(ValueError, match=r"the output .* is not UTF-8; choose another one"):
+        dptaft.train(small_data(), output=tmp_path / "caf\udce9", **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_was_trained_again_is_not_paid_for_twice(tmp_path, monkeypatch):
+    options = {"epsilon": 2, "steps": 3, "scope": "head", "output": tmp_path / "parent", "public_seed": 1}
+    train_shards(small_data(), 2, **options)
+    whole = compose(load_collection(tmp_path / "parent").runs(), tmp_path / "whole")
+    out = tmp_path / "rest"
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "save", lambda self, folder: (_ for _ in ()).throw(OSError(28, "No space")))
+        with pytest.raises(OSError, match="No space"):
+            remove_record(whole, 5, out, retrain=True, data=small_data())
+    before = spent(tmp_path)
+    assert len(before[0]) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("dptaft.shards.composition.new_run", _no_room)
+        with pytest.raises(OutputLostError, match="are charged, but no run was composed") as raised:
+            remove_record(whole, 5, out, retrain=True, data=small_data())
+    assert f"dptaft compose {tmp_path / 'parent'} -o RUN" in str(raised.value)
+    again = compose(load_collection(tmp_path / "parent").runs(), tmp_path / "made")
+    assert len(again.config["composition"]["parts"]) == 2
+    assert spent(tmp_path)[1] == before[1]
+    assert len(spent(tmp_path)[0]) == 3
+
+
+def test_nothing_is_removed_from_a_folder_of_shards_before_it_is_composed(tmp_path):
+    train_shards(small_data(), 2, output=tmp_path / "parent", ledger=None, **QUICK)
+    result = CliRunner().invoke(
+        main, ["remove", str(tmp_path / "parent"), "--shard", "1", "-o", str(tmp_path / "x")]
+    )
+    assert result.exit_code == 2
+    assert "compose it first (dptaft compose" in result.output
+    assert "damaged" not in result.output

@@ -289,7 +289,7 @@ def interrupted_run(tmp_path, number, after):
         if int(line) >= after:
             process.send_signal(number)
             break
-    process.communicate(timeout=60)
+    process.communicate(timeout=1200)
     assert process.returncode != 0
     assert not (tmp_path / "run").exists()
 

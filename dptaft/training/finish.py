@@ -167,7 +167,7 @@ def rehearse(
     Raises:
         RunError: it cannot be written; the message names the cause and the remedy.
     """
-    _require_writable_names(output, data, request)
+    require_writable_names(data, request)
     weights = {
         name: torch.zeros_like(p, dtype=torch.float32) for name, p in prepared.learner.parameters.items()
     }
@@ -203,12 +203,16 @@ def require_room(folder: Path, weights: Mapping[str, Tensor]) -> None:
 _COPIES = 8
 
 
-def _require_writable_names(output: Path, data: ImageData, request: Request) -> None:
+def require_writable_names(data: ImageData, request: Request) -> None:
+    """Refuse classes, data and files of the model whose names no run can hold.
+
+    Raises:
+        RunError: naming it and the remedy.
+    """
     for name in data.classes:
         require_text("the class", name, "rename its folder (or entry), so that the run can be written")
     for name in dict.fromkeys((data.name, request.data)):
         require_text("the data", name, "rename it, so that the run can be written")
-    require_text("the output", str(output), "choose another one")
     for name, value in plain(request.model).items():
         if isinstance(value, str):
             require_text(f"the {name}", value, "rename it, so that the run can be written")

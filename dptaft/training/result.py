@@ -186,8 +186,8 @@ def _lost(output: Path, partial: Path, error: Exception, resumable: bool) -> Out
     reason = " ".join(str(error).split()) if known else f"internal error, {type(error).__name__}"
     if resumable or (partial / RESULT).exists():
         rest = (
-            f"it is kept in {partial}: remove the cause, then the same command with --output {output} and "
-            "--resume writes it at no cost"
+            f"it is kept in {partial}: remove the cause, then give the same command again (dptaft train: "
+            f"with --output {output} and --resume), which writes it at no cost"
         )
     else:
         rest = "its result could not be kept either and is lost; what it spent stays charged"
