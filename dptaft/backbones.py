@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
@@ -133,10 +138,11 @@ def load_backbone(
     if not isinstance(getattr(model, "get_classifier", tuple)(), nn.Module):
         raise BackboneError(f"{name} has no single classification head; choose another model")
     digest = backbone_digest(model)
-    if head == "random":
-        initialise_head(model, num_classes, seed=seed)
-    else:
-        initialise_head(model, num_classes, **_read_head(Path(head)))
+    given = {"seed": seed} if head == "random" else _read_head(Path(head))
+    try:
+        initialise_head(model, num_classes, **given)
+    except ValueError as error:
+        raise BackboneError(f"{name}: {error}") from None
     return Backbone(name, model.eval(), preprocessing, source, digest)
 
 
@@ -192,11 +198,12 @@ def _timm(name: str, weights: str, seed: int) -> tuple[nn.Module, Preprocessing,
     torch_state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = timm.create_model(name, pretrained=weights == "pretrained")
+        with quiet_hub():
+            model = timm.create_model(name, pretrained=weights == "pretrained")
     except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
-            f"cannot get the weights of {name}: {reason}; give a checkpoint file with --weights"
+            f"cannot get the weights of {name}: {_reason(error)}; give a file with --weights FILE, or use "
+            "--model starter-scattering, which is bundled"
         ) from error
     finally:
         torch.random.set_rng_state(torch_state)
@@ -209,6 +216,43 @@ def _timm(name: str, weights: str, seed: int) -> tuple[nn.Module, Preprocessing,
         _load_checkpoint(model, Path(weights))
         source = f"checkpoint {Path(weights).name}"
     return model, preprocessing, source
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Ask the model hub without its warnings about every try, and only its cache where it is out of reach."""
+    from huggingface_hub import constants
+
+    level, offline = logging.root.manager.disable, constants.HF_HUB_OFFLINE
+    logging.disable(logging.WARNING)
+    try:
+        constants.HF_HUB_OFFLINE = offline or not _in_reach(constants.ENDPOINT)
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        logging.disable(level)
+
+
+def _in_reach(endpoint: str) -> bool:
+    """False where a connection fails at once; a slow one, or one through a proxy, may still succeed."""
+    if getproxies():
+        return True
+    parts = urlsplit(endpoint)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 443), timeout=10).close()
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what the hub says."""
+    if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+        return "the model hub is out of reach, and they are not in its cache"
+    text = str(error).strip()
+    return text.splitlines()[0].split(". ")[0].rstrip(".") if text else type(error).__name__
 
 
 def _timm_preprocessing(model: nn.Module, name: str) -> Preprocessing:
@@ -232,7 +276,8 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise BackboneError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from None
+        reason = (str(error).strip().splitlines() or ["it is empty or cut off"])[0]
+        raise BackboneError(f"cannot read the checkpoint {path}: {reason}; give another --weights") from None
     except Exception as error:  # an unpickling error: the file wants to run code
         raise BackboneError(f"{path} is not a plain file of tensors; save it as safetensors") from error
     for key in ("state_dict", "model"):

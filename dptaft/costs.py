@@ -88,7 +88,7 @@ def model_cost(name: str, scope: str, num_classes: int = 10) -> ModelCost:
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    size = model.patch_embed.img_size if hasattr(model, "patch_embed") else None
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is None:
         return timm.data.resolve_model_data_config(model)["input_size"]
     return (getattr(model, "in_chans", 3), *size)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -221,12 +222,26 @@ def _lock(root: Path, key: str) -> Iterator[None]:
                 f"{root} holds other files; choose an empty or new folder for the features"
             )
         (root / _TAG).write_text(_TAG_TEXT)
+    _make_private(root)
     descriptor = os.open(root / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _make_private(root: Path) -> None:
+    """Take an existing folder from everybody else: the names in it are digests of private images."""
+    mode = stat.S_IMODE(root.stat().st_mode)
+    if mode & 0o077:
+        try:
+            root.chmod(mode & 0o700)
+        except OSError:
+            raise FeatureCacheError(
+                f"others can list {root}, whose names are digests of private images, and its mode {mode:o} "
+                "cannot be changed; choose a folder of your own"
+            ) from None
 
 
 def _check_space(folder: Path, needed: float) -> None:

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from dptaft.storage import draft_folder
 from dptaft_accounting import PrivacyStatement
 from dptaft_accounting.canonical import content_id, dumps, parse
 from dptaft_accounting.errors import StatementError
@@ -45,6 +45,10 @@ AUDIT = "audit.json"
 
 class RunError(ValueError):
     """A run directory cannot be written or read; the message names it and the remedy."""
+
+
+class OutputLostError(OSError):
+    """A run was trained and charged, and is not written; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -259,11 +263,12 @@ def sha256_file(path: Path) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Refuse an output folder that exists or cannot be made, before any work.
+    """Refuse an output folder that exists, cannot be made or has no readable name, before any work.
 
     Raises:
         RunError: with the remedy.
     """
+    require_text("the output", str(path), "choose another one")
     try:
         if path.exists():
             raise RunError(f"the output folder {path} exists; choose another one or remove it")
@@ -274,6 +279,23 @@ def check_output(path: Path) -> None:
         raise RunError(f"cannot write to {path.parent}: {error.strerror}; choose another output") from None
 
 
+def require_text(subject: str, name: str, remedy: str) -> None:
+    r"""Refuse a name that no file of a run can hold.
+
+    Raises:
+        RunError: it is not Unicode text, such as that of a folder named in another encoding.
+
+    >>> require_text("the class folder", "caf\udce9", "rename it")
+    Traceback (most recent call last):
+    ...
+    dptaft.runs.RunError: the name of the class folder 'caf\udce9' is not UTF-8; rename it
+    """
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RunError(f"the name of {subject} {name!a} is not UTF-8; {remedy}") from None
+
+
 @contextlib.contextmanager
 def new_run(path: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `path` in one step when the block ends well, and vanishes otherwise.
@@ -281,21 +303,38 @@ def new_run(path: Path) -> Iterator[Path]:
     Raises:
         RunError: no room on the disk, or `path` appeared in the meantime.
     """
-    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
-        yield draft
-        for file in draft.iterdir():
-            _sync(file)
-        _sync(draft)
-        if path.exists():
-            raise RunError(f"the output folder {path} appeared while the run was made; choose another one")
-        draft.chmod(0o755)
-        draft.rename(path)
-        _sync(path.parent)
+        with draft_folder(path.parent, f".{path.name}-") as draft:
+            yield draft
+            _sync_whole(draft)
+            if path.exists():
+                raise RunError(
+                    f"the output folder {path} appeared while the run was made; choose another one"
+                )
+            draft.chmod(0o755)
+            draft.rename(path)
+            _sync(path.parent)
     except OSError as error:
         raise RunError(f"cannot write the run to {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def dry_run(path: Path) -> Iterator[Path]:
+    """A folder to fill as that of `new_run`, which is loaded and removed when the block ends.
+
+    Raises:
+        RunError: it cannot be written or read here.
+    """
+    try:
+        with draft_folder(path.parent, f".{path.name}-") as draft:
+            yield draft
+            _sync_whole(draft)
+            load_run(draft)
+    except OSError as error:
+        raise RunError(
+            f"a run cannot be written to {path}: {error.strerror or error}; make room there, or choose "
+            "another output"
+        ) from error
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -319,6 +358,12 @@ def write_metrics(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write ``metrics.jsonl``."""
     text = "".join(json.dumps(line, sort_keys=True, allow_nan=False) + "\n" for line in lines)
     (folder / METRICS).write_text(text, encoding="utf-8")
+
+
+def _sync_whole(folder: Path) -> None:
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -54,9 +54,11 @@ class Failed:
 
 
 DIED = "died"
+PATIENCE = 1200
+"""Seconds until a hung process ends the test; nothing else depends on time: a lost one is noticed at once."""
 
 
-def together(size, task, *arguments, patience=60):
+def together(size, task, *arguments, patience=PATIENCE):
     """Results of ``task(*arguments)`` in `size` processes in their order; `DIED` for one that was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -72,7 +74,7 @@ def together(size, task, *arguments, patience=60):
         return [_result(process, pipe, patience) for process, pipe in started]
     finally:
         for process, pipe in started:
-            process.join(5)
+            process.join(60)
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -156,7 +156,7 @@ def test_a_second_writer_waits_and_keeps_the_first_result(tmp_path):
 
     def slow():
         started.set()
-        assert finish.wait(10)
+        assert finish.wait(1200)
         yield example_features()
 
     def unused():
@@ -166,7 +166,7 @@ def test_a_second_writer_waits_and_keeps_the_first_result(tmp_path):
     first = threading.Thread(target=write_features, args=(tmp_path, KEY, slow(), N))
     second = threading.Thread(target=write_features, args=(tmp_path, KEY, unused(), N))
     first.start()
-    assert started.wait(10)
+    assert started.wait(1200)
     second.start()
     second.join(0.2)
     assert second.is_alive()
@@ -384,3 +384,19 @@ def test_scales_cached_for_another_scope_are_never_used(bound, tmp_path):
         found = build_features([images()], N, model, operator, cache=tmp_path, key=key)
     expected = operator.extract(model.boundary(images()))
     assert torch.equal(found.index(slice(0, N))["unit_scale"], expected["unit_scale"])
+
+
+def test_an_existing_folder_is_taken_from_everybody_else(tmp_path, monkeypatch):
+    root = tmp_path / "cache"
+    root.mkdir()
+    root.chmod(0o755)
+    write_features(root, KEY, iter([example_features()]), N)
+    assert root.stat().st_mode & 0o777 == 0o700
+    root.chmod(0o750)
+
+    def refused(self, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.chmod", refused)
+    with pytest.raises(FeatureCacheError, match=r"others can list .*mode 750.*choose a folder of your own"):
+        write_features(root, "1" * 64, iter([example_features()]), N)

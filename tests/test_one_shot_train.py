@@ -141,7 +141,9 @@ def test_everything_is_charged_before_the_records_are_used(tmp_path, monkeypatch
         return original(*args, **options)
 
     monkeypatch.setattr(one_shot_run, "train_once", watched)
-    run = one_shot_run.run_one_shot(small_data(), request(), tmp_path / "run", account=account)
+    run = one_shot_run.run_one_shot(
+        small_data(), request(), tmp_path / "run", tmp_path / "run.partial", account=account
+    )
     assert seen == [["reserve", "authorise"]]
     assert [name for name, _ in account.calls] == ["reserve", "authorise", "commit", "close"]
     assert {m for _, m in account.calls if m is not None} == {
@@ -154,7 +156,9 @@ def test_everything_is_charged_before_the_records_are_used(tmp_path, monkeypatch
     account.calls.clear()
     monkeypatch.setattr(one_shot_run, "train_once", broken)
     with pytest.raises(PlanError, match="stopped"):
-        one_shot_run.run_one_shot(small_data(), request(), tmp_path / "two", account=account)
+        one_shot_run.run_one_shot(
+            small_data(), request(), tmp_path / "two", tmp_path / "two.partial", account=account
+        )
     assert [name for name, _ in account.calls] == ["reserve", "authorise", "close"]
     assert not (tmp_path / "two").exists()
 

@@ -1,11 +1,16 @@
+import dataclasses
 from importlib.resources import files
 
+import pytest
 import torch
+from builders import small_data
 from safetensors.torch import load_file
 
-from dptaft import load_data
-from dptaft.backbones import load_backbone
+from dptaft import load_data, train
+from dptaft.backbones import STARTERS, load_backbone
 from dptaft.tangent.model import TangentModel
+from dptaft.verification import verify
+from dptaft_accounting.policy import Policy
 
 FOLDER = files("dptaft") / "starter"
 
@@ -31,3 +36,22 @@ def test_starter_features_separate_digits():
     weights = torch.linalg.solve(u.T @ u + 10 * torch.eye(u.shape[1], dtype=u.dtype), u.T @ y)
     right = (features(data.evaluation) @ weights).argmax(1) == data.evaluation.labels
     assert right.double().mean() > 0.98
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_every_bundled_backbone_is_public_without_anybodys_word(tmp_path, name):
+    data = dataclasses.replace(small_data(), is_public=True)
+    run = train(data, epsilon=8, steps=1, model=name, scope="head", output=tmp_path / "run")
+    assert run.statement.claim["data_accesses"]["backbone"] == "public"
+    assert verify(run.path, policy=Policy(allowed_declared=())).passed
+    given = train(
+        data,
+        epsilon=8,
+        steps=1,
+        model=name,
+        scope="head",
+        weights=str(FOLDER / f"{STARTERS[name][0]}.safetensors"),
+        output=tmp_path / "given",
+    )
+    assert given.statement.claim["data_accesses"]["backbone"] == "public, declared by the user"
+    assert not verify(given.path, policy=Policy(allowed_declared=())).passed

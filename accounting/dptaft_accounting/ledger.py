@@ -48,7 +48,7 @@ from dptaft_accounting.ledger_state import FORMAT, OPEN, Entry, State
 
 __all__ = ["Account", "Budget", "BudgetExceededError", "Cost", "Entry", "Ledger", "LedgerError"]
 
-_TIMEOUT = 30.0
+_TIMEOUT = 300.0
 
 
 class Ledger:

@@ -34,9 +34,9 @@ GRANTED, BEGUN, WITHDRAWN, ENDED = "granted", "begun", "withdrawn", "ended"
 _OWNER, _STOP = "owner.json", "stop"
 PARTIAL = ".partial"
 _GONE = ".gone-"
-_PATIENCE = 30.0
+_PATIENCE = 600.0
 _WATCH = 1.0
-_VISIBLE = 60.0
+_VISIBLE = 300.0
 
 
 class StopRequestedError(BaseException):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from typing import Any
 
 import click
+
+from dptaft.cli.failure import INTERRUPTED, explained, leave_quietly, open_streams, reader_is_gone, say
 
 _COMMANDS = {
     "train": ("dptaft.cli.train", "train"),
@@ -24,12 +27,6 @@ _COMMANDS = {
     "plan": ("dptaft.cli.plan", "plan"),
     "clear-cache": ("dptaft.cli.clear_cache", "clear_cache"),
 }
-
-
-class UserError(click.ClickException):
-    """One clear line on standard error, exit code 2."""
-
-    exit_code = 2
 
 
 class Commands(click.Group):
@@ -50,6 +47,7 @@ class Commands(click.Group):
         """Run as a program; of several processes that a launcher started, only the first one speaks."""
         from dptaft.distributed import launched
 
+        open_streams()
         place = launched()
         if place is None or place.is_first:
             return super().main(*args, **options)
@@ -77,26 +75,38 @@ class Commands(click.Group):
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt:
-                click.echo(
-                    "interrupted; no run was written (a folder ending in .partial keeps what was spent)",
-                    err=True,
+                say(
+                    "interrupted; no run was written, and what was spent stays charged; where a folder "
+                    "ending in .partial is left, the same command with its --output and --resume goes on"
                 )
-                raise SystemExit(130) from None
-            except ValueError as error:
-                raise UserError(_one_line(error)) from error
-            except OSError as error:
-                raise UserError(_one_line(error)) from error
+                raise SystemExit(INTERRUPTED) from None
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except Exception as error:
+                if _is_of_another_process(error):
+                    raise
+                if isinstance(error, BrokenPipeError) and reader_is_gone():
+                    leave_quietly()
+                raise explained(error) from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _is_of_another_process(error: Exception) -> bool:
+    """Whether a process that follows another one was told to end (see `dptaft.cli.follow`)."""
+    ranks = sys.modules.get("dptaft.distributed.ranks")
+    return ranks is not None and isinstance(error, ranks.RankLostError | ranks.RunEndedError)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+    say(f"Warning: {' '.join(str(message).split())}")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+_EXIT_CODES = """\b
+Exit codes: 0 done; 1 a check failed, or points of a sweep; 2 refused, nothing lost;
+3 trained and charged but not written (--resume writes it at no cost);
+70 internal error; 130 interrupted; 141 the reader of the output is gone."""
+
+
+@click.group(cls=Commands, epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dptaft")
 def main() -> None:
     """Fine-tune vision transformers with differential privacy, and show what it cost.

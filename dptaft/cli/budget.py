@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,74 +15,97 @@ import click
 from dptaft.cli.format import up
 
 if TYPE_CHECKING:
+    from dptaft.training.plan import Sampling
     from dptaft_accounting import BoundReport, ConvexityCertificate, Mechanism
 
 SAMPLINGS = ("full-batch", "poisson", "cyclic-partition")
 _TABLE_EPSILONS = (1.0, 2.0, 3.0, 8.0)
 
 
+_OLD_LOSSES = {"multinomial-logistic": "cross-entropy"}
+_IN_CERTIFICATES = {new: old for old, new in _OLD_LOSSES.items()}
+
+
+def loss_name(given: str | None) -> str:
+    """The one name of a loss: that of training, where training has it.
+
+    >>> loss_name(None), loss_name("multinomial-logistic"), loss_name("huber")
+    ('cross-entropy', 'cross-entropy', 'huber')
+    """
+    return _OLD_LOSSES.get(given or "cross-entropy", given or "cross-entropy")
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A training plan; the noise multiplier stays open until it is given or calibrated."""
+    """A training plan; the noise multiplier stays open until it is given or calibrated.
 
-    sampling: str
+    Sampling, whole epochs, divisor and record are those of training (`dptaft.training.plan`).
+    """
+
+    kind: str
     records: int
     batch_size: int
-    steps: int
+    asked: int
     delta: float
     adjacency: str
     clip_norm: float
     convex: Mapping[str, Any] | None
 
-    @property
-    def epochs(self) -> int:
-        """Passes over the data, rounded up (cyclic batches)."""
-        return math.ceil(self.steps / self.batches)
+    @cached_property
+    def sampling(self) -> Sampling:
+        """As training resolves it."""
+        from dptaft.training.plan import PrivacyConfig, resolve_sampling
 
-    @property
-    def batches(self) -> int:
-        """Disjoint batches per epoch (cyclic batches)."""
-        return max(1, math.ceil(self.records / self.batch_size))
+        size = None if self.kind == "full-batch" else self.batch_size
+        return resolve_sampling(
+            PrivacyConfig(epsilon=1.0, sampling=self.kind, expected_batch_size=size), self.records
+        )
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps, rounded up to whole epochs for a cyclic partition."""
+        from dptaft.training.plan import whole_epochs
+
+        return whole_epochs(self.asked, self.sampling)
+
+    @cached_property
+    def normaliser(self) -> float:
+        """The public divisor of the noised sum."""
+        from dptaft.training.plan import normaliser_of
+
+        return normaliser_of(self.sampling, self.records)
 
     def mechanism(self, noise_multiplier: float) -> Mechanism:
         """The mechanism of this plan at one noise multiplier."""
-        from dptaft_accounting import CyclicGaussian, FullBatchGaussian, PoissonGaussian
+        from dptaft.training.plan import constant_record
 
         released = "all-iterates" if self.convex is None else "last-iterate"
-        if self.sampling == "poisson":
-            rate = min(1.0, self.batch_size / self.records)
-            return PoissonGaussian(noise_multiplier, rate, self.steps, self.adjacency, released)
-        if self.sampling == "cyclic-partition":
-            return CyclicGaussian(
-                noise_multiplier,
-                self.batches,
-                self.epochs,
-                partition="secret-random",
-                adjacency=self.adjacency,
-                released=released,
-            )
-        return FullBatchGaussian(noise_multiplier, self.steps, self.adjacency, released)
+        return constant_record(self.sampling, noise_multiplier, self.steps, self.adjacency, released)
 
     def certificate(self) -> ConvexityCertificate | None:
         """The convexity certificate of a convex plan."""
+        from dptaft.training.plan import largest_batch
         from dptaft_accounting import ConvexityCertificate
 
         if self.convex is None:
             return None
-        p = self.batch_size / self.records
-        extra: dict[str, Any] = {}
-        if self.sampling == "poisson":
-            # twelve standard deviations: the chance of a larger batch is negligible beside any delta
-            largest = min(self.records, math.ceil(self.batch_size + 12 * math.sqrt(self.batch_size) + 30))
-            extra = {"sampling_rate": min(1.0, p), "max_batch_size": largest}
-        elif self.sampling == "cyclic-partition":
-            extra = {"batches_per_epoch": self.batches}
+        kind, extra = self.sampling.kind.removesuffix("-partition"), {}
+        if kind == "poisson":
+            extra = {"sampling_rate": self.sampling.rate}
+        elif kind == "cyclic" and self.sampling.parts > 1:
+            extra = {"batches_per_epoch": self.sampling.parts}
+        else:
+            kind = "full-batch"
+        largest = largest_batch(
+            self.records, self.sampling, delta=self.delta, adjacency=self.adjacency, most_steps=self.steps
+        )
         return ConvexityCertificate.issue(
             l2_clip_norm=self.clip_norm,
-            normaliser=float(self.records if self.sampling == "full-batch" else self.batch_size),
-            sampling=self.sampling.removesuffix("-partition"),
-            steps=self.epochs * self.batches if self.sampling == "cyclic-partition" else self.steps,
+            normaliser=self.normaliser,
+            sampling=kind,
+            steps=self.steps,
             records=self.records,
+            max_batch_size=largest,
             adjacency=self.adjacency,
             **extra,
             **self.convex,
@@ -106,7 +130,6 @@ def _summary(plan: Plan, noise_multiplier: float) -> dict[str, Any]:
 
     report = plan.report(noise_multiplier)
     danger = risk(report.profile)
-    divisor = plan.records if plan.sampling == "full-batch" else plan.batch_size
     return {
         "epsilon": report.epsilon if math.isfinite(report.epsilon) else None,
         "delta": plan.delta,
@@ -115,7 +138,7 @@ def _summary(plan: Plan, noise_multiplier: float) -> dict[str, Any]:
         "bound": report.name,
         "bounds": {b.name: b.epsilon if math.isfinite(b.epsilon) else None for b in report.bounds},
         "noise_multiplier": noise_multiplier,
-        "noise_std_on_average_gradient": noise_multiplier * plan.clip_norm / divisor,
+        "noise_std_on_average_gradient": noise_multiplier * plan.clip_norm / plan.normaliser,
         "mu": report.best.mu,
         "advantage": danger.advantage,
         "bayes_error": danger.bayes_error,
@@ -128,23 +151,22 @@ def _what_if(plan: Plan, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
     """Noise that each combination of epsilon, steps and batch size needs."""
     rows = []
     sizes = [plan.batch_size]
-    if plan.sampling != "full-batch":
+    if plan.kind != "full-batch":
         sizes = sorted(
             {max(1, plan.batch_size // 2), plan.batch_size, min(plan.records, 2 * plan.batch_size)}
         )
     for size in sizes:
-        for steps in sorted({max(1, plan.steps // 2), plan.steps, 2 * plan.steps}):
-            other = replace(plan, batch_size=size, steps=steps)
-            divisor = plan.records if plan.sampling == "full-batch" else size
+        for steps in sorted({max(1, plan.asked // 2), plan.asked, 2 * plan.asked}):
+            other = replace(plan, batch_size=size, asked=steps)
             for epsilon in epsilons:
                 noise = other.calibrate(epsilon)
                 rows.append(
                     {
                         "epsilon": epsilon,
-                        "steps": steps,
+                        "steps": other.steps,
                         "batch_size": size,
                         "noise_multiplier": noise,
-                        "noise_std_on_average_gradient": noise * plan.clip_norm / divisor,
+                        "noise_std_on_average_gradient": noise * plan.clip_norm / other.normaliser,
                     }
                 )
     return rows
@@ -155,12 +177,12 @@ def _plot(plan: Plan, noise_multiplier: float, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = 8 if plan.sampling == "poisson" and plan.convex else 16
+    count = 8 if plan.kind == "poisson" and plan.convex else 16
     ratio = plan.steps ** (1 / (count - 1)) if plan.steps > 1 else 1.0
     steps = sorted({max(1, round(ratio**k)) for k in range(count)} | {plan.steps})
     composition, last = [], []
     for number in steps:
-        report = replace(plan, steps=number).report(noise_multiplier)
+        report = replace(plan, asked=number).report(noise_multiplier)
         composition.append(next(b.epsilon for b in report.bounds if b.name == "composition"))
         last.append(report.epsilon)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -170,7 +192,7 @@ def _plot(plan: Plan, noise_multiplier: float, path: Path) -> None:
     if plan.convex is not None:
         axes.plot(steps, last, marker="s", label="last iterate, convex loss")
     axes.set(xscale="log", xlabel="steps", ylabel=f"epsilon at delta {plan.delta:g}", ylim=(0, None))
-    axes.set_title(f"{plan.sampling}, noise multiplier {noise_multiplier:.4g}")
+    axes.set_title(f"{plan.kind}, noise multiplier {noise_multiplier:.4g}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
@@ -210,7 +232,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @click.option("--steps", type=click.IntRange(min=1), help="Number of training steps; planned by --certified.")
 @click.option("--certified", is_flag=True, help="Plan a run of `dptaft train --certified`, with reasons.")
 @click.option(
-    "--classes", type=click.IntRange(min=1), default=10, show_default=True, help="With --certified: classes."
+    "--classes",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="With --convex or --certified: number of classes.",
 )
 @click.option("--sampling", type=click.Choice(SAMPLINGS), default="full-batch", show_default=True)
 @click.option(
@@ -227,7 +253,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 )
 @click.option("--clip-norm", type=float, default=1.0, show_default=True, help="Clip norm C.")
 @click.option("--convex", is_flag=True, help="Certify a convex loss and release the last iterate only.")
-@click.option("--loss", help="The loss.  [default: multinomial-logistic, or cross-entropy with --certified]")
+@click.option(
+    "--loss", help="With --convex or --certified: the loss, as in training.  [default: cross-entropy]"
+)
 @click.option(
     "--feature-bound", type=float, default=0.7, show_default=True, help="With --convex: Jacobian norm."
 )
@@ -282,7 +310,27 @@ def _check(options: Mapping[str, Any]) -> None:
         raise click.UsageError(f"--clip-norm must be finite and positive, got {options['clip_norm']}")
 
 
+def _loss(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Name and constants of the loss of a convex plan, as certificates hold them."""
+    from dptaft_accounting.convexity import LOSSES
+
+    name = loss_name(options["loss"])
+    held = _IN_CERTIFICATES.get(name, name)
+    if held in LOSSES:
+        return {"loss": held}
+    from dptaft.training import losses
+    from dptaft.training.certified import loss_constants
+
+    if name not in losses.LOSSES:
+        own = sorted(loss_name(known) for known in LOSSES)
+        known = ", ".join(dict.fromkeys([*losses.LOSSES, *own]))
+        raise click.UsageError(f"unknown loss {name!r}; use {known}")
+    return {"loss": name, "constants": loss_constants(losses.LOSSES[name](), options["classes"])}
+
+
 def _plan(options: Mapping[str, Any]) -> Plan:
+    from dptaft.training.plan import default_delta
+
     records, size = options["records"], options["batch_size"]
     if options["sampling"] == "full-batch":
         if size not in (None, records):
@@ -298,15 +346,15 @@ def _plan(options: Mapping[str, Any]) -> Plan:
             if options[name] is None:
                 raise click.UsageError(f"--convex needs --{name.replace('_', '-')}")
         names = ("loss", "feature_bound", "regularization", "step_size", "diameter")
-        convex = {name: options[name] for name in names} | {"loss": options["loss"] or "multinomial-logistic"}
+        convex = {name: options[name] for name in names} | _loss(options)
     elif options["regularization"] is not None or options["step_size"] is not None:
         raise click.UsageError("--regularization and --step-size describe a convex plan; add --convex")
     return Plan(
-        sampling=options["sampling"],
+        kind=options["sampling"],
         records=records,
         batch_size=size,
-        steps=options["steps"],
-        delta=min(1e-5, 0.1 / records) if options["delta"] is None else options["delta"],
+        asked=options["steps"],
+        delta=default_delta(records) if options["delta"] is None else options["delta"],
         adjacency=options["adjacency"],
         clip_norm=options["clip_norm"],
         convex=convex,

@@ -51,12 +51,13 @@ def certified_summary(options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         options: records, epsilon, delta, adjacency, steps, sampling, batch_size, loss, classes.
     """
+    from dptaft.cli.budget import loss_name
     from dptaft.training.certified import design
     from dptaft.training.losses import LOSSES
     from dptaft.training.plan import PrivacyConfig, default_delta, make_plan, resolve_sampling
     from dptaft_accounting import best_bound
 
-    records, loss = options["records"], options["loss"] or "cross-entropy"
+    records, loss = options["records"], loss_name(options["loss"])
     if loss not in LOSSES:
         raise click.UsageError(f"--certified plans cross-entropy or huber-square, not {loss!r}")
     privacy = PrivacyConfig(

@@ -10,6 +10,8 @@ from typing import NoReturn
 
 import click
 
+from dptaft.cli.failure import InternalError, say
+
 
 def follow(work: Callable[[], object]) -> NoReturn:
     """Do the work in silence and exit.
@@ -22,6 +24,9 @@ def follow(work: Callable[[], object]) -> NoReturn:
             work()
     except click.exceptions.Exit as end:
         raise SystemExit(end.exit_code) from None
+    except InternalError as error:
+        say(error.format_message())
+        raise SystemExit(error.exit_code) from None
     except (click.ClickException, click.Abort):
         raise SystemExit(0) from None
     except RuntimeError as error:

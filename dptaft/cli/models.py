@@ -19,17 +19,25 @@ def models(pattern: str | None, scope: str, num_classes: int, as_json: bool) -> 
     PATTERN is a timm name or shell pattern such as 'vit_small*'; without it some common models are shown.
     Any timm model with transformer blocks works; nothing is downloaded here.
     """
+    from dptaft.backbones import BackboneError
     from dptaft.cli.progress import Bars
     from dptaft.costs import COMMON_MODELS, find_models, model_cost
     from dptaft.tangent.scope import Scope
 
     Scope.parse(scope)
     names = list(COMMON_MODELS) if pattern is None else find_models(pattern)
-    costs = []
+    costs, skipped = [], {}
     with Bars() as bars:
         for done, name in enumerate(names, start=1):
-            costs.append(model_cost(name, scope, num_classes))
+            try:
+                costs.append(model_cost(name, scope, num_classes))
+            except Exception as error:  # whatever one model does must not end the list
+                skipped[name] = _reason(name, error)
             bars("measuring models", done, len(names))
+    if not costs:
+        raise BackboneError(next(iter(skipped.values())))
+    for reason in skipped.values():
+        click.echo(f"skipped {reason}", err=True)
     if as_json:
         click.echo(json.dumps([asdict(cost) for cost in costs], indent=2))
         return
@@ -41,3 +49,8 @@ def models(pattern: str | None, scope: str, num_classes: int, as_json: bool) -> 
             f"{c.name:<34} {c.image_size:>6} {c.parameters / 1e6:>8.1f}M {c.trained / 1e6:>8.2f}M "
             f"{c.feature_bytes / 1024:>8.0f} KiB {1e3 * c.feature_seconds:>9.1f}  {c.path}"
         )
+
+
+def _reason(name: str, error: Exception) -> str:
+    text = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
+    return text if text.startswith(name) else f"{name}: {text}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ class Bars(AbstractContextManager["Bars"]):
     """One bar per stage on standard error; call it with (stage, done, total)."""
 
     def __init__(self) -> None:
-        self._visible = sys.stderr.isatty()
+        self._visible = sys.stderr is not None and sys.stderr.isatty()
         self._stage: str | None = None
         self._bar: Any = None
         self._since = 0.0
@@ -25,8 +25,13 @@ class Bars(AbstractContextManager["Bars"]):
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report that `done` of `total` units of a stage are complete."""
-        if not self._visible:
-            return
+        if self._visible:
+            try:
+                self._show(stage, done, total)
+            except OSError:  # a terminal that is gone must not stop the work
+                self._visible, self._bar = False, None
+
+    def _show(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self._finish()
             self._stage, self._since = stage, time.monotonic()
@@ -46,4 +51,5 @@ class Bars(AbstractContextManager["Bars"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the last bar."""
-        self._finish()
+        with suppress(OSError):
+            self._finish()

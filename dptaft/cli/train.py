@@ -204,7 +204,19 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
     except RankLostError as lost:
         click.echo(str(lost), err=True)
         raise SystemExit(1) from None
-    click.echo(json.dumps(summary(run), indent=2) if as_json else table(run))
+    _show(run, as_json)
+
+
+def _show(run: Run, as_json: bool) -> None:
+    """Print the facts of a run; where that fails the run is there all the same."""
+    try:
+        click.echo(json.dumps(summary(run), indent=2) if as_json else table(run))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"the run is complete in {run.path}, its table was not printed ({error.strerror})"
+        ) from None
 
 
 def _schedules(texts: dict[str, str | None]) -> dict[str, Any]:

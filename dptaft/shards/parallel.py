@@ -204,8 +204,11 @@ def pay(trainer: ShardTrainer, shard: Shard, output: Path) -> Payment:
         output.name,
         (trainer.collection.partition, shard.name),
     )
-    (root / _PAID).mkdir(mode=0o700, exist_ok=True)
-    fields = charge(bill, trainer.ledger, root / _PAID / f"{output.name}.json")
+    pointer = root / _PAID / f"{output.name}.json"
+    if not pointer.exists():
+        trainer.rehearse(shard, output, plan)
+    pointer.parent.mkdir(mode=0o700, exist_ok=True)
+    fields = charge(bill, trainer.ledger, pointer)
     return Payment(fields, {output.name: plan.spending()}, (root / _FINISHED).absolute())
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dptaft.runs import Run, check_output, load_run
+from dptaft.runs import OutputLostError, Run, check_output, load_run
 from dptaft.shards.claim import mechanism_of
 from dptaft.shards.collection import Collection, Shard, ShardError, is_collection, load_collection
 from dptaft.shards.composition import write_composition
@@ -103,7 +103,16 @@ def remove_record(
     new: dict[str, Part] = {}
     if retrain:
         new = _retrained(folder, records, digest, gone, data, ledger, progress)
-    made = _without(whole, gone, new, Path(output), evaluate_on)
+    try:
+        made = _without(whole, gone, new, Path(output), evaluate_on)
+    except Exception as error:
+        if not new:
+            raise
+        raise OutputLostError(
+            f"the shards that held the record were trained again without it and are charged, but no run was "
+            f"composed ({' '.join(str(error).split())}); this composes them at no cost: "
+            f"dptaft compose {folder} -o RUN"
+        ) from error
     names = sorted(str(entry["shard"]) for entry in gone)
     if not retrain:
         _strike(folder, set(names))
@@ -112,6 +121,11 @@ def remove_record(
 
 
 def _composed(run: str | os.PathLike[str] | Run) -> Run:
+    if not isinstance(run, Run) and is_collection(Path(run)):
+        raise ShardError(
+            f"{run} is a folder of shards, from which nothing is removed; compose it first (dptaft compose "
+            f"{run} -o RUN) and remove from that run"
+        )
     whole = run if isinstance(run, Run) else load_run(run)
     if not is_composed(whole):
         raise ShardError(
@@ -278,15 +292,33 @@ def _retrained(
             raise ShardError(f"shard {shard.name} holds nothing else; remove it without --retrain")
         source = Source.again(shard, data)
         numbers = locate(rest, records.digests(source.images.train))
-        again = dataclasses.replace(shard, folder=_next_folder(folder, shard), records=len(rest))
+        place = _begun_before(folder, shard, digest)
+        if place is None:
+            place = _next_folder(folder, shard)
+            write_trail(folder, "retrain", shard=shard.name, place=place, without=digest)
+        again = dataclasses.replace(shard, folder=place, records=len(rest))
         request = stored_request(collection, source.name)
         trainer = ShardTrainer(collection, source.images, request, records, ledger, progress)
-        new[str(entry["id"])] = Part(trainer.train(again, numbers), 1.0)
+        known = (folder / place).is_dir()  # trained and charged by a call that ended before it said so
+        trained = load_run(folder / place) if known else trainer.train(again, numbers)
+        new[str(entry["id"])] = Part(trained, 1.0)
         records.shards[shard.name] = rest
         collection = _replaced(collection, again)
         records.save(folder)
         collection.save()
     return new
+
+
+def _begun_before(folder: Path, shard: Shard, digest: str) -> str | None:
+    """The folder in which an interrupted call was training a shard again without the same record.
+
+    The call ended before it listed that folder, so the charge of what it trained is not made again.
+    """
+    for line in reversed(read_trail(folder)):
+        if line["action"] == "retrain" and line["shard"] == shard.name:
+            same = line["without"] == digest and line["place"] != shard.folder
+            return str(line["place"]) if same else None
+    return None
 
 
 def _replaced(collection: Collection, again: Shard) -> Collection:

@@ -19,12 +19,13 @@ from dptaft.backends import BackendConfig
 from dptaft.budgeting import content_digest, default_ledger, open_account
 from dptaft.data import ImageData
 from dptaft.learner import Cached, Learner, Progress
-from dptaft.runs import Run, check_output
+from dptaft.runs import OutputLostError, Run, check_output
 from dptaft.shards.assignment import Assignment, assign, folder_name, named_assignment
 from dptaft.shards.collection import Collection, Shard, ShardError, load_collection
 from dptaft.shards.records import Record, Records, load_records, write_trail
 from dptaft.shards.requests import Source, described, make_request, stored_request, with_delta
 from dptaft.training.account import Account
+from dptaft.training.finish import rehearse, require_writable_names
 from dptaft.training.plan import Request
 from dptaft.training.preparation import Prepared, build_learner, prepare
 from dptaft.training.steps import TrainingInterruptedError
@@ -93,6 +94,7 @@ def train_shards(
             raise ShardError(f"{parent} was begun with {len(collection.shards)} shards, not {shards}")
     else:
         check_output(parent)
+        require_writable_names(images, request)
         assignment = assign(images, shards, public_seed)
         collection, records = _begin(parent, source, request, assignment)
     train_missing(collection, ShardTrainer(collection, images, request, records, ledger, progress), backend)
@@ -142,6 +144,7 @@ def add_shard(
             raise ShardError(f"no shard of {folder} is unfinished; leave --resume out")
         _check_numbers(records, missing[0].name, records.digests(images.train))
     else:
+        require_writable_names(images, request)
         collection = _grown(collection, records, source, _next_name(records) if name is None else name)
     train_missing(collection, ShardTrainer(collection, images, request, records, ledger, progress), backend)
     return collection
@@ -272,6 +275,8 @@ class ShardTrainer:
         check_folders(output, resume)
         try:
             run = self.fit(shard, output, self.account(shard, output, resume), numbers)
+        except OutputLostError as error:
+            raise OutputLostError(f"shard {shard.name}: {error}") from error
         except TrainingInterruptedError:
             raise TrainingInterruptedError(
                 f"stopped in shard {shard.name}; give the same command again to go on (dptaft train with "
@@ -313,6 +318,11 @@ class ShardTrainer:
         """Every public decision about a shard; no private image is read."""
         own = self.numbers(shard) if numbers is None else numbers
         return prepare(self._part(own), self.request, self._untrained())
+
+    def rehearse(self, shard: Shard, output: Path, prepared: Prepared) -> None:
+        """Write the run of a shard with blank weights and remove it, before anything is charged."""
+        count = len(self.numbers(shard))
+        rehearse(output, self.data, self.request, prepared, {"shard": self._section(shard, count)})
 
     def numbers(self, shard: Shard) -> list[int]:
         """Of the records that a shard was made from."""

@@ -177,13 +177,14 @@ def _settle(
     payments, wholes = {}, {}
     for data in recipe.data:
         own = [point for point in points if point.data.name == data.name]
-        spendings = _spendings(own, worker)
-        whole = compose(list(spendings.values()), recipe.budget.most_epsilon)
         name = "".join(c if c.isalnum() else "-" for c in data.name)
+        pointer = folder / f"ledger-{name}.json"
+        spendings = _spendings(own, worker, rehearse=not pointer.exists())
+        whole = compose(list(spendings.values()), recipe.budget.most_epsilon)
         ledger = Path(recipe.budget.ledger) if recipe.budget.ledger else folder.parent / "ledger.sqlite"
         images = worker.images(own[0])
         bill = whole.bill(images, f"sweep {folder.name}")
-        fields = charge(bill, ledger, folder / f"ledger-{name}.json")
+        fields = charge(bill, ledger, pointer)
         wholes[data.name] = whole
         payments[data.name] = Payment(
             published_fields(whole, fields), spendings, folder / FINISHED, bill.content
@@ -192,11 +193,12 @@ def _settle(
     return payments, wholes
 
 
-def _spendings(points: Sequence[SweepPoint], worker: Worker) -> dict[str, Spending]:
-    """The plan of every point.
+def _spendings(points: Sequence[SweepPoint], worker: Worker, *, rehearse: bool) -> dict[str, Spending]:
+    """The plan of every point; whether its run can be written is tried where nothing is charged yet.
 
     Raises:
         RecipeError: a point whose cost is not known before it is trained.
+        RunError: runs that cannot be written.
     """
     found: dict[str, Spending] = {}
     for task in group(points):
@@ -208,6 +210,8 @@ def _spendings(points: Sequence[SweepPoint], worker: Worker) -> dict[str, Spendi
             raise RecipeError(
                 f"the cost of {task.points[0].id} is not known before the start: {error}"
             ) from None
+        if rehearse:
+            worker.rehearse(task, plans)
         found |= {name: prepared.spending() for name, prepared in plans.items()}
     return found
 

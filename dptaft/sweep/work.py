@@ -18,6 +18,7 @@ from dptaft.prepaid import Payment, PaymentError
 from dptaft.runs import Run
 from dptaft.sweep.points import SweepPoint, Task, load_source
 from dptaft.sweep.shared import Boundaries, memory_share, use_fastest_layout
+from dptaft.training.finish import rehearse
 from dptaft.training.members import Point, can_share_steps, most_members, run_members
 from dptaft.training.plan import Request
 from dptaft.training.preparation import Prepared, PreparedOneShot, build_learner, prepare, prepare_one_shot
@@ -104,6 +105,15 @@ class Worker:
                 use_fastest_layout(learner, len(images.train), self._most_bytes)
             found[point.id] = prepare(images, request, learner)
         return found
+
+    def rehearse(self, task: Task, plans: Mapping[str, Prepared | PreparedOneShot]) -> None:
+        """Write the first point of a task with blank weights and remove it, before anything is charged.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        point = task.points[0]
+        rehearse(self.output(point), self.images(point), self._request(point), plans[point.id])
 
     def run(self, task: Task, payment: Payment, progress: Progress | None = None) -> list[Outcome]:
         """Train all points of a task; a point that fails does not stop the others.

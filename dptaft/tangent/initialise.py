@@ -46,7 +46,7 @@ def initialise_head(
 
     Raises:
         ValueError: if neither or both of seed and weight are given, for fewer than one class, for weights of
-            another shape, given weights for two heads, or a model without a timm classifier.
+            another shape, given weights for two heads, or a model without linear timm classifiers.
 
     >>> import timm
     >>> model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
@@ -60,12 +60,13 @@ def initialise_head(
         raise ValueError(f"a head needs at least one class, got {num_classes}")
     if not hasattr(model, "reset_classifier") or not hasattr(model, "head_hidden_size"):
         raise ValueError(f"{type(model).__name__} has no timm classifier to replace; use a timm model")
+    _check_linear(model)
     if weight is not None:
         _check_given(model, num_classes, weight, bias)
     model.reset_classifier(num_classes)
-    heads = model.get_classifier()
+    heads = _check_linear(model)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    for head in heads if isinstance(heads, tuple) else (heads,):
+    for head in heads:
         if generator is not None:
             std = head.in_features**-0.5
             rows = [
@@ -74,6 +75,19 @@ def initialise_head(
             weight = torch.stack(rows)
         head.weight.copy_(weight)
         head.bias.copy_(torch.zeros_like(head.bias) if bias is None else bias)
+
+
+def _check_linear(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The heads of a model: linear layers, or none yet."""
+    found = model.get_classifier()
+    heads = found if isinstance(found, tuple) else (found,)
+    for head in heads:
+        if not isinstance(head, nn.Linear | nn.Identity):
+            raise ValueError(
+                f"{type(model).__name__} has no single linear classification head (it is a "
+                f"{type(head).__name__}); choose another model"
+            )
+    return heads
 
 
 def _check_given(model: nn.Module, num_classes: int, weight: Tensor, bias: Tensor | None) -> None:

@@ -31,13 +31,19 @@ from typing import Any
 from dptaft.tangent.bounded import ROUNDING
 from dptaft.training.defaults import MOST_MU
 from dptaft.training.losses import Loss
-from dptaft.training.plan import PlanError, PrivacyConfig, Sampling, whole_epochs
+from dptaft.training.plan import (
+    PlanError,
+    PrivacyConfig,
+    Sampling,
+    largest_batch,
+    normaliser_of,
+    whole_epochs,
+)
 from dptaft_accounting import (
     ConvexityCertificate,
     Mechanism,
     epsilon_to_mu,
 )
-from dptaft_accounting.accountants.last_iterate import batch_overflow
 from dptaft_accounting.convexity import LossConstants
 from dptaft_accounting.errors import CertificateError
 
@@ -52,8 +58,6 @@ FORGETTING = 4.0
 
 CLIP_MARGIN = 2.0**-8
 """The noise is scaled to a norm this much above the gradient bound: an allowance for float32 rounding."""
-
-_OVERFLOW_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,11 @@ def design(
     _refuse_other_algorithms(given)
     constants = loss_constants(loss, num_classes)
     share = constants.gradient * (2.0 if privacy.adjacency == "replace-one" else 1.0) / num_records
-    largest = _max_batch_size(num_records, sampling, delta, privacy)
-    normaliser = num_records * sampling.rate
+    most_steps = privacy.steps or 10 * MOST_STEPS
+    largest = largest_batch(
+        num_records, sampling, delta=delta, adjacency=privacy.adjacency, most_steps=most_steps
+    )
+    normaliser = normaliser_of(sampling, num_records)
     smoothness = constants.curvature * (1.0 + ROUNDING) ** 2 * largest / normaliser
     reasons: list[str] = []
 
@@ -275,24 +282,6 @@ def _regularization(
         f"(standard deviation) at mu {mu:.4g}"
     )
     return best
-
-
-def _max_batch_size(records: int, sampling: Sampling, delta: float, privacy: PrivacyConfig) -> int:
-    """B: all records of a batch; for Poisson sampling so large that a larger batch is paid from delta."""
-    if sampling.kind == "full-batch" or (sampling.parts == 1 and sampling.kind != "poisson"):
-        return records + (1 if privacy.adjacency == "add-remove" else 0)
-    if sampling.kind != "poisson":
-        return math.ceil(records / sampling.parts)
-    steps = privacy.steps or 10 * MOST_STEPS
-    mean, extra = records * sampling.rate, 0.0
-    while True:
-        extra += 0.5
-        largest = min(records + 1, math.ceil(mean + extra * math.sqrt(mean) + extra))
-        if (
-            largest > records
-            or batch_overflow(records, sampling.rate, largest, steps) <= _OVERFLOW_SHARE * delta
-        ):
-            return largest
 
 
 def _certified_name(loss: Loss) -> str:

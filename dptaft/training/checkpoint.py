@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dptaft.storage import draft_file
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
 from dptaft.training.optimizers import IterateAverage, PrivateOptimizer
 from dptaft.training.sampling import Sampler
@@ -238,13 +238,21 @@ class Checkpointer:
             raise ResumeError(
                 f"the checkpoint has format {content.get('format')}, this version reads {_FORMAT}"
             )
-        before = content.get("fingerprint", {})
-        for key in sorted(before.keys() | self.fingerprint.keys()):
-            if before.get(key) != self.fingerprint.get(key):
-                raise ResumeError(
-                    f"{key} was {_short(before.get(key))} when the run started and is "
-                    f"{_short(self.fingerprint.get(key))} now; restore it, or start a new run"
-                )
+        require_same(content.get("fingerprint", {}), self.fingerprint)
+
+
+def require_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Refuse to continue what was begun with another fingerprint.
+
+    Raises:
+        ResumeError: naming what differs.
+    """
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            raise ResumeError(
+                f"{key} was {_short(before.get(key))} when the run started and is "
+                f"{_short(after.get(key))} now; restore it, or start a new run"
+            )
 
 
 def check_resumable(sampler: Sampler, source: NoiseSource | InsecureSeededNoise) -> None:
@@ -352,17 +360,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with draft_file(path.parent, f".{path.name}.") as (descriptor, temporary):
+        with open(descriptor, "wb", closefd=False) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        os.fsync(descriptor)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def _sync_folder(path: Path) -> None:

@@ -6,15 +6,16 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 from dptaft.data import ImageData
 from dptaft.revision import source_revision
-from dptaft.training.clipping import l2_sensitivity
+from dptaft.training.clipping import Adjacency, l2_sensitivity
 from dptaft.training.noise import FLOAT_MITIGATION, NoiseSource, noise_std
 from dptaft.training.one_shot_plan import DIAMETER, MARGIN, OneShotPlan
-from dptaft.training.optimizers import OptimizerConfig, PrivateOptimizer
+from dptaft.training.optimizers import OptimizerConfig
 from dptaft.training.plan import ModelConfig, Plan, Request
+from dptaft.training.steps import Trained
 from dptaft.training.vouching import assumptions, data_accesses
 from dptaft_accounting import ConvexityCertificate, PrivacyStatement
 
@@ -39,24 +40,21 @@ def build_statement(
     request: Request,
     plan: Plan,
     optimizer: OptimizerConfig,
-    private: PrivateOptimizer,
-    executed: tuple[int, ...],
+    trained: Trained,
     *,
-    completed: int,
     backbone: Mapping[str, str],
     charged: Mapping[str, Any],
     utility: Mapping[str, Any],
     admin: Mapping[str, Any],
     certificate: ConvexityCertificate | None = None,
-    processes: int = 1,
+    cross_check: bool = True,
 ) -> PrivacyStatement:
     """Account all executed steps and write down claim, mechanism and circumstances.
 
-    `executed` numbers all steps that may have touched the data, repeated ones again; `completed` is how many
-    of them the released weights contain; `private` is the optimiser that added the noise, `charged` what the
-    account says. The published standard deviation is the least of all steps. `certificate` covers the
-    executed steps of a certified run; `processes` is how many shared the records.
+    `charged` is what the account says. The published standard deviation is the least of all steps.
+    `certificate` covers the executed steps of a certified run.
     """
+    executed, completed, processes = trained.executed, trained.completed, trained.processes
     caveats = _caveats(data, request)
     if completed < plan.steps or len(executed) != plan.steps:
         caveats.append(
@@ -67,9 +65,10 @@ def build_statement(
         plan.mechanism(executed),
         plan.delta,
         certificate=certificate,
+        cross_check=cross_check,
         unit="one training record",
         claim=_claim(data, request, plan, backbone, certificate, processes),
-        details=_details(request, plan, optimizer, private, executed),
+        details=_details(request, plan, optimizer, trained),
         composition=_composition(request) | dict(charged),
         implementation=_implementation(_sampling_source(plan, processes)) | {"processes": processes},
         utility=utility,
@@ -86,11 +85,13 @@ def build_one_shot_statement(
     charged: Mapping[str, Any],
     utility: Mapping[str, Any],
     admin: Mapping[str, Any],
+    cross_check: bool = True,
 ) -> PrivacyStatement:
     """Account a run without steps and write down claim, mechanism and circumstances."""
     return PrivacyStatement.build(
         plan.mechanism(),
         plan.delta,
+        cross_check=cross_check,
         unit="one training record",
         claim=_claim(data, request, plan, backbone, None),
         details=_one_shot_details(request, plan),
@@ -191,20 +192,20 @@ def _details(
     request: Request,
     plan: Plan,
     optimizer: OptimizerConfig,
-    private: PrivateOptimizer,
-    executed: tuple[int, ...],
+    trained: Trained,
 ) -> dict[str, Any]:
-    sensitivity = l2_sensitivity(private.max_grad_norm, private.adjacency)
+    executed = trained.executed
+    sensitivity = l2_sensitivity(trained.l2_clip_norm, cast(Adjacency, plan.adjacency))
     least_noise = noise_std(
         sensitivity=sensitivity,
         noise_multiplier=plan.noise_over_sensitivity * min(plan.noise_factors[i] for i in executed),
-        dimension=private.dimension,
+        dimension=trained.dimension,
     )
     return {
         "clipping": _BOUNDED
         if request.privacy.certified
         else "exact joint L2 norm of every record's gradient",
-        "l2_clip_norm": private.max_grad_norm,
+        "l2_clip_norm": trained.l2_clip_norm,
         "noise_std": least_noise,
         "sensitivity": sensitivity,
         "sampler": plan.sampling.kind,

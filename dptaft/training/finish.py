@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ from dptaft.predictor import HEAD, TRAINED
 from dptaft.runs import (
     FORMAT,
     WEIGHTS,
+    RunError,
+    dry_run,
     hash_files,
+    require_text,
     write_config,
     write_metrics,
     write_no_claim,
     write_statement,
 )
-from dptaft.training.describe import build_statement, no_claim
+from dptaft.training.describe import build_one_shot_statement, build_statement, no_claim
 from dptaft.training.plan import Request, delta_warning, plain
 from dptaft.training.preparation import Prepared, PreparedOneShot
 from dptaft.training.steps import Trained
@@ -86,10 +90,13 @@ def write_run(
     metrics: list[dict[str, Any]],
     charged: Mapping[str, Any],
     sections: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    cross_check: bool = True,
 ) -> None:
     """Write configuration, weights, metrics and the statement.
 
-    `charged` is what the account says; `sections` are further tables of the configuration.
+    `charged` is what the account says; `sections` are further tables of the configuration; `cross_check`
+    adds the second opinions on the bound, which take a second or two.
     """
     tables: dict[str, Mapping[str, Any]] = {
         "optimizer": plain(prepared.optimizer),
@@ -104,17 +111,111 @@ def write_run(
         request,
         prepared.plan,
         prepared.optimizer,
-        trained.private,
-        trained.executed,
-        completed=trained.completed,
+        trained,
         backbone=found.backbone,
         charged=charged,
         utility=utility_of(metrics),
         admin=found.admin,
         certificate=prepared.spending(trained.executed).certificate,
-        processes=trained.processes,
+        cross_check=cross_check,
     )
     write_statement(folder, statement)
+
+
+def write_one_shot_run(
+    folder: Path,
+    name: str,
+    data: ImageData,
+    request: Request,
+    prepared: PreparedOneShot,
+    trained: Trained,
+    metrics: list[dict[str, Any]],
+    charged: Mapping[str, Any],
+    *,
+    cross_check: bool = True,
+) -> None:
+    """`write_run` for a run without steps."""
+    plan = prepared.plan
+    tables = {"optimizer": {"kind": plan.method, "l2_regularization": plan.regularization}}
+    found = write_files(folder, name, data, request, prepared, trained.weights, metrics, tables)
+    if found.no_claim:
+        return
+    statement = build_one_shot_statement(
+        data,
+        request,
+        plan,
+        backbone=found.backbone,
+        charged=charged,
+        utility=utility_of(metrics),
+        admin=found.admin,
+        cross_check=cross_check,
+    )
+    write_statement(folder, statement)
+
+
+def rehearse(
+    output: Path,
+    data: ImageData,
+    request: Request,
+    prepared: Prepared | PreparedOneShot,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the run with blank weights, read it and remove it, before anything is charged.
+
+    So names that no file can hold, a full disk or a folder without permission cost nothing.
+
+    Raises:
+        RunError: it cannot be written; the message names the cause and the remedy.
+    """
+    require_writable_names(data, request)
+    weights = {
+        name: torch.zeros_like(p, dtype=torch.float32) for name, p in prepared.learner.parameters.items()
+    }
+    require_room(output.parent, weights)
+    metrics = [{"split": "evaluation", "images": 1, "accuracy": 0.0, "cross_entropy": 0.0}]
+    charged = {"ledger": "none: nothing is charged yet"}
+    with dry_run(output) as folder:
+        if isinstance(prepared, PreparedOneShot):
+            blank = Trained(weights, 1.0)
+            write_one_shot_run(
+                folder, output.name, data, request, prepared, blank, metrics, charged, cross_check=False
+            )
+        else:
+            steps = prepared.plan.steps
+            blank = Trained(weights, prepared.l2_clip_norm, tuple(range(steps)), steps)
+            write_run(
+                folder, output.name, data, request, prepared, blank, metrics, charged, sections,
+                cross_check=False,
+            )  # fmt: skip
+
+
+def require_room(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a disk without room for the run, its checkpoint (twice: it is replaced) and its result."""
+    needed = _COPIES * sum(value.numel() * value.element_size() for value in weights.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"the run, its checkpoints and its result need {needed / 1e6:.3g} MB in {folder}, which has "
+            f"{free / 1e6:.3g} MB free; make room, or choose another output"
+        )
+
+
+_COPIES = 8
+
+
+def require_writable_names(data: ImageData, request: Request) -> None:
+    """Refuse classes, data and files of the model whose names no run can hold.
+
+    Raises:
+        RunError: naming it and the remedy.
+    """
+    for name in data.classes:
+        require_text("the class", name, "rename its folder (or entry), so that the run can be written")
+    for name in dict.fromkeys((data.name, request.data)):
+        require_text("the data", name, "rename it, so that the run can be written")
+    for name, value in plain(request.model).items():
+        if isinstance(value, str):
+            require_text(f"the {name}", value, "rename it, so that the run can be written")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ of its own run. For full batches: there all runs use the same records in every s
 
 from __future__ import annotations
 
-import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +21,18 @@ from torch import Tensor
 from dptaft.data import ImageData, Split
 from dptaft.estimate_room import require_memory
 from dptaft.learner import Cached, Learner, Progress
-from dptaft.runs import Run, check_output, load_run, new_run
+from dptaft.runs import Run, check_output
 from dptaft.training.account import Account
 from dptaft.training.checkpoint import GracefulStop, check_resumable
-from dptaft.training.finish import evaluate, write_run
+from dptaft.training.finish import evaluate, rehearse, write_run
 from dptaft.training.fused import FusedEngine
 from dptaft.training.losses import LOSSES
 from dptaft.training.optimizers import member_parameters
 from dptaft.training.plan import PlanError, Request
 from dptaft.training.preparation import Prepared, build_learner, prepare
+from dptaft.training.result import identity, keep_result, read_result, settle
 from dptaft.training.sampling import FullBatch
-from dptaft.training.steps import RunState, Trained, require_finite_features
+from dptaft.training.steps import RunState, Trained, is_resumable, require_finite_features
 from dptaft.training.sums import sources
 from dptaft.training.trainer import partial_folder
 
@@ -62,10 +63,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Member:
-    """A point with its plan."""
+    """A point with its plan, and its result where an earlier attempt has kept one."""
 
     point: Point
     prepared: Prepared
+    same: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    kept: Trained | None = None
 
 
 def can_share_steps(prepared: Prepared) -> bool:
@@ -129,8 +132,10 @@ def run_members(
         held_out = None
         if data.evaluation is not None:
             held_out = features(learner, data.evaluation, progress, "reading evaluation")
-        trained = train_members(list(members.values()), cached, data.train.labels, progress)
-        for (i, member), result in zip(members.items(), trained, strict=True):
+        open_ones = [member for member in members.values() if member.kept is None]
+        trained = iter(train_members(open_ones, cached, data.train.labels, progress))
+        for i, member in members.items():
+            result = member.kept or next(trained)
             outcomes[i] = result if isinstance(result, Exception) else _finish(data, member, result, held_out)
     return [outcome for outcome in outcomes if outcome is not None]
 
@@ -151,9 +156,14 @@ def _member(data: ImageData, point: Point, learner: Learner) -> Member:
     prepared = point.prepared or prepare(data, point.request, learner)
     if not can_share_steps(prepared):
         raise PlanError("only full-batch runs of tangent models with the fused engine share steps")
-    require_memory(learner, data)
+    partial = partial_folder(point.output)
+    same = identity(prepared, point.request, data.train.labels)
+    kept = read_result(partial, same, learner.device)
+    if kept is None:
+        require_memory(learner, data)
+        rehearse(point.output, data, point.request, prepared)
     point.account.reserve(prepared.spending())
-    return Member(point, prepared)
+    return Member(point, prepared, same, None if kept is None else kept[0])
 
 
 def train_members(
@@ -275,11 +285,21 @@ def _stop(states: dict[int, RunState], outcomes: list[Trained | Exception | None
 def _finish(data: ImageData, member: Member, trained: Trained, held_out: Cached | None) -> Run | Exception:
     point, prepared = member.point, member.prepared
     try:
+        partial = partial_folder(point.output)
+        keep_result(partial, member.same, trained, None)
         metrics = evaluate(prepared.learner, data, held_out, trained.weights)
-        charged = point.account.commit(prepared.spending(trained.executed))
-        with new_run(point.output) as folder:
+
+        def write(folder: Path, charged: Mapping[str, Any]) -> None:
             write_run(folder, point.output.name, data, point.request, prepared, trained, metrics, charged)
-        shutil.rmtree(partial_folder(point.output), ignore_errors=True)
-        return load_run(point.output)
+
+        spent = prepared.spending(trained.executed)
+        return settle(
+            point.output,
+            partial,
+            point.account,
+            spent,
+            write,
+            resumable=is_resumable(prepared, point.request),
+        )
     except _FAILURES as error:
         return error

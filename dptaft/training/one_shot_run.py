@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +13,15 @@ from torch import Tensor
 from dptaft.data import ImageData
 from dptaft.estimate_room import require_memory
 from dptaft.learner import Cached, Progress
-from dptaft.runs import Run, load_run, new_run, write_statement
+from dptaft.runs import Run
 from dptaft.tangent.diameter import double_operator
 from dptaft.training.account import Account
-from dptaft.training.describe import build_one_shot_statement
-from dptaft.training.finish import evaluate, utility_of, warn_of_delta, write_files
+from dptaft.training.finish import evaluate, rehearse, warn_of_delta, write_one_shot_run
 from dptaft.training.one_shot import train_once
 from dptaft.training.plan import Request
 from dptaft.training.preparation import PreparedOneShot, prepare_one_shot
-from dptaft.training.steps import require_finite_features
+from dptaft.training.result import RESULT, identity, keep_result, read_result, settle, spare_room
+from dptaft.training.steps import Trained, require_finite_features
 from dptaft.training.sums import sources
 
 
@@ -27,52 +29,69 @@ def run_one_shot(
     data: ImageData,
     request: Request,
     output: Path,
+    partial: Path,
     *,
     account: Account,
     progress: Progress | None = None,
 ) -> Run:
     """Train as requested and write the run to `output`, which has been checked.
 
-    Nothing of an unfinished run is kept: there is nothing to resume, and all of it stays charged.
+    Nothing of an unfinished solution is kept: there is nothing to resume, and all of it stays charged. A
+    finished one that could not be written is kept in `partial`, and written by the next call.
 
     Raises:
         ValueError: a request that cannot be met (PlanError, DataError, BackboneError, RunError).
+        OutputLostError: the run could not be written.
     """
     prepared = prepare_one_shot(data, request)
     plan, learner = prepared.plan, prepared.learner
     warn_of_delta(plan.delta, data, request)
+    same = identity(prepared, request, data.train.labels)
+    kept = read_result(partial, same, learner.device)
+    trained, metrics = (None, None) if kept is None else kept
     try:
-        require_memory(learner, data)
+        if trained is None:
+            require_memory(learner, data)
+            rehearse(output, data, request, prepared)
         account.reserve(prepared.spending())
-        cached = learner.features(data.train, progress, "reading images")
         held_out = None
-        if data.evaluation is not None:
+        if metrics is None and data.evaluation is not None:
             held_out = learner.features(data.evaluation, progress, "reading evaluation")
-        require_finite_features(cached)
-        data.warn_copies()
-        account.authorise(prepared.spending())
-        weights = solve(prepared, request, cached, data.train.labels, progress)
-        metrics = evaluate(learner, data, held_out, weights)
-        charged = account.commit(prepared.spending())
-        table = {"kind": plan.method, "l2_regularization": plan.regularization}
-        with new_run(output) as folder:
-            found = write_files(
-                folder, output.name, data, request, prepared, weights, metrics, {"optimizer": table}
-            )
-            if not found.no_claim:
-                statement = build_one_shot_statement(
-                    data,
-                    request,
-                    plan,
-                    backbone=found.backbone,
-                    charged=charged,
-                    utility=utility_of(metrics),
-                    admin=found.admin,
-                )
-                write_statement(folder, statement)
+        if trained is None:
+            trained = _trained(prepared, data, request, partial, same, account, progress)
+        if metrics is None:
+            metrics = evaluate(learner, data, held_out, trained.weights)
+            keep_result(partial, same, trained, metrics)
+        made, found = trained, metrics
+
+        def write(folder: Path, charged: Mapping[str, Any]) -> None:
+            write_one_shot_run(folder, output.name, data, request, prepared, made, found, charged)
+
+        return settle(output, partial, account, prepared.spending(), write, resumable=False)
     finally:
         account.close()
-    return load_run(output)
+        if not (partial / RESULT).exists():
+            shutil.rmtree(partial, ignore_errors=True)  # where the account kept the name of its entry
+
+
+def _trained(
+    prepared: PreparedOneShot,
+    data: ImageData,
+    request: Request,
+    partial: Path,
+    same: Mapping[str, Any],
+    account: Account,
+    progress: Progress | None,
+) -> Trained:
+    """Read the records, solve once, and keep the result, for which room was held before."""
+    cached = prepared.learner.features(data.train, progress, "reading images")
+    require_finite_features(cached)
+    data.warn_copies()
+    with spare_room(partial, prepared.learner.parameters):
+        account.authorise(prepared.spending())
+        trained = Trained(solve(prepared, request, cached, data.train.labels, progress), 1.0)
+        keep_result(partial, same, trained, None)
+    return trained
 
 
 def solve(

@@ -20,12 +20,14 @@ from dptaft_accounting import (
     Target,
     calibrate_noise_multiplier,
 )
+from dptaft_accounting.accountants.last_iterate import batch_overflow
 
 SAMPLERS = ("auto", "full-batch", "poisson", "cyclic-partition")
 ADJACENCIES = ("zero-out", "add-remove", "replace-one")
 ENGINES = ("auto", "fused", "hooks", "ghost")
 ONE_SHOT = ("objective-perturbation", "output-perturbation")
 METHODS = ("tangent", "non-linear", *ONE_SHOT)
+_OVERFLOW_SHARE = 1e-3
 _SMALLEST_CLIP = 1e-20
 """Far smaller clipped gradients would be rounded to multiples of float32's smallest number."""
 
@@ -257,6 +259,43 @@ def whole_epochs(steps: int, sampling: Sampling) -> int:
     return sampling.parts * math.ceil(steps / sampling.parts)
 
 
+def normaliser_of(sampling: Sampling, records: int) -> float:
+    """b, the public divisor of a noised sum: the number of records that a step sums on average.
+
+    >>> normaliser_of(Sampling("cyclic-partition", 0.5, parts=2), 1437)
+    718.5
+    """
+    return records * sampling.rate
+
+
+def largest_batch(records: int, sampling: Sampling, *, delta: float, adjacency: str, most_steps: int) -> int:
+    """B, the largest number of records that one step of a certified run may sum.
+
+    All records of a batch. A Poisson batch has no largest size: B is then so large that a larger one in any
+    of `most_steps` steps has at most a thousandth of delta as its probability, which the bound pays.
+
+    Args:
+        records: public number of records (an upper bound of it under add-remove).
+        sampling: how batches are drawn.
+        delta: of the claim.
+        adjacency: of the claim.
+        most_steps: number of steps, or an upper bound of it.
+    """
+    if sampling.kind == "full-batch" or (sampling.parts == 1 and sampling.kind != "poisson"):
+        return records + (1 if adjacency == "add-remove" else 0)
+    if sampling.kind != "poisson":
+        return math.ceil(records / sampling.parts)
+    mean, extra = records * sampling.rate, 0.0
+    while True:
+        extra += 0.5
+        largest = min(records + 1, math.ceil(mean + extra * math.sqrt(mean) + extra))
+        if (
+            largest > records
+            or batch_overflow(records, sampling.rate, largest, most_steps) <= _OVERFLOW_SHARE * delta
+        ):
+            return largest
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run with all numbers filled in; `noise_multiplier` is standard deviation of the noise over clip norm.
@@ -337,7 +376,7 @@ def make_plan(
         noise_multiplier=0.0,
         noise_factors=factors,
         adjacency=privacy.adjacency,
-        normaliser=(privacy.public_size or num_records) * sampling.rate,
+        normaliser=normaliser_of(sampling, privacy.public_size or num_records),
         released="all-iterates" if certify is None else "last-iterate",
     )
     if math.isinf(privacy.epsilon):
@@ -349,20 +388,39 @@ def make_plan(
 
 def _record(plan: Plan, noise: float, executed: tuple[int, ...] | None) -> Mechanism:
     numbers = tuple(range(plan.steps)) if executed is None else executed
-    kind, common = plan.sampling.kind, {"adjacency": plan.adjacency, "released": plan.released}
-    if kind == "full-batch":
-        values = tuple(noise * plan.noise_factors[i] for i in numbers)
-        same = len(set(values)) == 1
-        return FullBatchGaussian(values[0] if same else values, steps=len(values), **common)
-    if kind == "poisson":
-        return PoissonGaussian(noise, sampling_rate=plan.sampling.rate, steps=len(numbers), **common)
-    parts = plan.sampling.parts
-    if parts == 1:
-        return FullBatchGaussian(noise, steps=len(numbers), **common)
+    values = tuple(noise * plan.noise_factors[i] for i in numbers)
+    if plan.sampling.kind == "full-batch" and len(set(values)) > 1:
+        return FullBatchGaussian(values, len(values), plan.adjacency, plan.released)
+    noise = values[0] if plan.sampling.kind == "full-batch" else noise
+    return constant_record(plan.sampling, noise, len(numbers), plan.adjacency, plan.released)
+
+
+def constant_record(
+    sampling: Sampling,
+    noise_multiplier: float,
+    steps: int,
+    adjacency: str = "zero-out",
+    released: str = "all-iterates",
+) -> Mechanism:
+    """Record of steps with the same noise; what `dptaft budget` plans is what training accounts.
+
+    Raises:
+        PlanError: an unknown sampler.
+        MechanismError: an adjacency that the sampler does not cover.
+
+    >>> constant_record(Sampling("cyclic-partition", 0.5, parts=2), 2.0, 30).epochs
+    15
+    """
+    common = {"adjacency": adjacency, "released": released}
+    _choice("sampling", sampling.kind, SAMPLERS[1:])
+    if sampling.kind == "poisson":
+        return PoissonGaussian(noise_multiplier, sampling_rate=sampling.rate, steps=steps, **common)
+    if sampling.kind == "full-batch" or sampling.parts == 1:
+        return FullBatchGaussian(noise_multiplier, steps=steps, **common)
     return CyclicGaussian(
-        noise,
-        batches_per_epoch=parts,
-        epochs=math.ceil(len(numbers) / parts),
+        noise_multiplier,
+        batches_per_epoch=sampling.parts,
+        epochs=math.ceil(steps / sampling.parts),
         partition="secret-random",
         **common,
     )

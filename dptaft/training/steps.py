@@ -15,7 +15,7 @@ from dptaft.learner import Cached, Progress
 from dptaft.training.account import Account
 from dptaft.training.checkpoint import Checkpointer, GracefulStop, check_resumable, data_fingerprint
 from dptaft.training.clipping import ClippedSum, require_finite_start
-from dptaft.training.optimizers import IterateAverage, PrivateOptimizer, build_optimizer
+from dptaft.training.optimizers import IterateAverage, build_optimizer
 from dptaft.training.plan import PlanError, Request, plain
 from dptaft.training.preparation import Prepared
 from dptaft.training.sampling import Sampler
@@ -33,16 +33,26 @@ class TrainingInterruptedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Trained:
-    """Released weights, the optimiser that made them, and all steps that may have touched the data.
+    """Released weights, and all steps that may have touched the data.
 
-    `processes` is how many of them shared the records; the most, where the run was interrupted.
+    Attributes:
+        weights: by name.
+        l2_clip_norm: C, to which the noise was scaled.
+        executed: numbers of all steps that may have touched the data, repeated ones again.
+        completed: how many of them the weights contain.
+        processes: that shared the records; the most, where the run was interrupted.
     """
 
     weights: Mapping[str, Tensor]
-    private: PrivateOptimizer
-    executed: tuple[int, ...]
-    completed: int
+    l2_clip_norm: float
+    executed: tuple[int, ...] = ()
+    completed: int = 0
     processes: int = 1
+
+    @property
+    def dimension(self) -> int:
+        """Number of weights."""
+        return sum(value.numel() for value in self.weights.values())
 
 
 class RunState:
@@ -160,7 +170,8 @@ class RunState:
         if self.prepared.design is not None:  # updated in float64, released in the precision of the model
             weights = {name: value.float() for name, value in weights.items()}
         kept = self._checkpointer
-        return Trained(weights, self.private, self._charged(), kept.progress.completed, kept.processes)
+        completed, norm = kept.progress.completed, self.private.max_grad_norm
+        return Trained(weights, norm, self._charged(), completed, kept.processes)
 
     def close(self) -> None:
         """Let another process continue the run; a run that never started leaves nothing."""
@@ -228,6 +239,11 @@ def train_steps(
         return state.trained()
     finally:
         state.close()
+
+
+def is_resumable(prepared: Prepared, request: Request) -> bool:
+    """Whether the last checkpoint of a run leads to its result: no secret partition, no seeded noise."""
+    return prepared.plan.sampling.kind != "cyclic-partition" and request.privacy.insecure_seed is None
 
 
 def _own_sums(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from dptaft.data import ImageData
 from dptaft.estimate_room import require_memory
 from dptaft.learner import Cached, Progress
-from dptaft.runs import Run, check_output, load_run, new_run
+from dptaft.runs import Run, check_output
 from dptaft.training.account import Account
-from dptaft.training.finish import evaluate, scores, warn_of_delta, write_run
+from dptaft.training.finish import evaluate, rehearse, scores, warn_of_delta, write_run
 from dptaft.training.one_shot_run import run_one_shot
 from dptaft.training.plan import PlanError, Request
 from dptaft.training.preparation import Prepared, prepare
-from dptaft.training.steps import train_steps
+from dptaft.training.result import RESULT, discard_blank, identity, keep_result, read_result, settle
+from dptaft.training.steps import is_resumable, train_steps
 
 if TYPE_CHECKING:
     from dptaft.distributed.team import Team
@@ -53,18 +53,18 @@ def run_training(
 
     Raises:
         ValueError: a request that cannot be met (PlanError, DataError, BackboneError, RunError, ResumeError).
+        OutputLostError: the trained run could not be written; a resumed one writes it.
         TrainingInterruptedError: a signal asked for a stop.
     """
+    if request.model.is_one_shot and discard_blank(partial_folder(output)):
+        resume = False
     partial = check_folders(output, resume)
     if request.model.is_one_shot:
-        if resume:
+        if resume and not (partial / RESULT).exists():
             raise PlanError(
                 f"{request.model.method} has no steps to continue; remove {partial} and train again"
             )
-        try:
-            return run_one_shot(data, request, output, account=account, progress=progress)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # where the account kept the name of its entry
+        return run_one_shot(data, request, output, partial, account=account, progress=progress)
     prepared = prepare(data, request, None if team is None else team.build())
 
     def features() -> tuple[Cached, Cached | None]:
@@ -128,27 +128,39 @@ def train_prepared(
 
     Raises:
         ValueError: as for `run_training`.
+        OutputLostError: the trained run could not be written; a resumed one writes it.
         TrainingInterruptedError: a signal asked for a stop.
     """
     warn_of_delta(prepared.plan.delta, data, request)
+    same = identity(prepared, request, data.train.labels)
+    kept = read_result(partial, same, prepared.learner.device)
+    trained, metrics = (None, None) if kept is None else kept
     try:
-        require_memory(prepared.learner, data)
+        if trained is None:
+            require_memory(prepared.learner, data)
+            rehearse(output, data, request, prepared, sections)
         account.reserve(prepared.spending())
-        cached, held_out = features()
-        data.warn_copies()
-        labels = data.train.labels
-        divide, processes = (None, 1) if team is None else (team.divide, team.size)
-        trained = train_steps(
-            prepared, request, cached, labels, partial, account, progress, divide, processes
-        )
-        if team is None:
-            metrics = evaluate(prepared.learner, data, held_out, trained.weights)
-        else:
-            metrics = [] if held_out is None else scores(data, *team.logits(trained.weights))
-        charged = account.commit(prepared.spending(trained.executed))
-        with new_run(output) as folder:
-            write_run(folder, output.name, data, request, prepared, trained, metrics, charged, sections)
+        if metrics is None:
+            cached, held_out = features()
+            data.warn_copies()
+            if trained is None:
+                divide, processes = (None, 1) if team is None else (team.divide, team.size)
+                labels = data.train.labels
+                trained = train_steps(
+                    prepared, request, cached, labels, partial, account, progress, divide, processes
+                )
+                keep_result(partial, same, trained, None)
+            if team is None:
+                metrics = evaluate(prepared.learner, data, held_out, trained.weights)
+            else:
+                metrics = [] if held_out is None else scores(data, *team.logits(trained.weights))
+            keep_result(partial, same, trained, metrics)
+        made, found = trained, metrics
+
+        def write(folder: Path, charged: Mapping[str, Any]) -> None:
+            write_run(folder, output.name, data, request, prepared, made, found, charged, sections)
+
+        spent = prepared.spending(trained.executed)
+        return settle(output, partial, account, spent, write, resumable=is_resumable(prepared, request))
     finally:
         account.close()
-    shutil.rmtree(partial, ignore_errors=True)
-    return load_run(output)

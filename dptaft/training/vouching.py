@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dptaft.backbones import STARTERS
 from dptaft.data import ImageData
 from dptaft.training.one_shot_plan import OneShotPlan
 from dptaft.training.plan import Plan, Request
@@ -53,7 +54,7 @@ def _number(request: Request) -> str:
 def _backbone(request: Request) -> str:
     """Bundled and untrained weights never saw the records; for all others the user's choice is his word."""
     model = request.model
-    if model.weights == "random" or (model.name == "starter" and model.weights == "pretrained"):
+    if model.weights == "random" or (model.name in STARTERS and model.weights == "pretrained"):
         return PUBLIC
     return DECLARED
 

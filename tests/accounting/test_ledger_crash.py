@@ -17,7 +17,7 @@ import sys
 from decimal import Decimal
 from dptaft_accounting.ledger import BudgetExceededError, Cost, Ledger
 from dptaft_accounting.mechanisms import FullBatchGaussian
-ledger, name, count = Ledger(sys.argv[1], timeout=120), sys.argv[2], int(sys.argv[3])
+ledger, name, count = Ledger(sys.argv[1], timeout=1200), sys.argv[2], int(sys.argv[3])
 mechanism = FullBatchGaussian(10.0, steps=1)
 cost = Cost(Decimal("0.1"), Decimal(0), Decimal("0.4"), Decimal("0.00001"))
 for i in range(count):
@@ -39,7 +39,7 @@ def cost(mu):
 def say(*words):
     sys.stdout.write(" ".join(words) + "\\n")
     sys.stdout.flush()
-ledger, mechanism = Ledger(sys.argv[1], timeout=60), FullBatchGaussian(10.0, steps=1)
+ledger, mechanism = Ledger(sys.argv[1], timeout=1200), FullBatchGaussian(10.0, steps=1)
 say("ready")
 for i in range(10**6):
     entry = ledger.reserve("a", cost("0.05"), mechanism, run=str(i))
@@ -69,7 +69,7 @@ def test_eight_processes_make_400_reservations_against_one_budget(tmp_path):
     ledger.register("a", "scans")
     ledger.declare("scans", Budget.from_mu(1.5811, 1e-5))
     workers = [start(WORKER, ledger.path, f"w{i}", 50) for i in range(8)]
-    lines = [line.split() for worker in workers for line in worker.communicate(timeout=300)[0].splitlines()]
+    lines = [line.split() for worker in workers for line in worker.communicate(timeout=1200)[0].splitlines()]
     assert all(worker.returncode == 0 for worker in workers)
     admitted = [words[1] for words in lines if words[0] == "reserved"]
     assert len(lines) == 400
@@ -88,7 +88,9 @@ def kill_at_random(ledger, generator):
     time.sleep(generator.uniform(0, 0.3))
     os.kill(victim.pid, signal.SIGKILL)
     said = [
-        line.split() for line in victim.communicate(timeout=60)[0].splitlines() if line.endswith("") and line
+        line.split()
+        for line in victim.communicate(timeout=1200)[0].splitlines()
+        if line.endswith("") and line
     ]
     return [words for words in said if len(words) >= 2]
 
@@ -143,7 +145,7 @@ def test_killed_while_the_ledger_is_made(tmp_path):
         maker.stdout.readline()
         time.sleep(i * 0.002)
         os.kill(maker.pid, signal.SIGKILL)
-        maker.communicate(timeout=60)
+        maker.communicate(timeout=1200)
         if path.exists():
             assert Ledger(path).verify() == []
         else:

@@ -32,7 +32,7 @@ def config(request):
         pytest.skip(f"{package} is not installed")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, before]))
-    options = {"submitit": {"cluster": "local", "timeout_min": 5}}.get(kind, {})
+    options = {"submitit": {"cluster": "local", "timeout_min": 60}}.get(kind, {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind == "ray":
@@ -87,16 +87,15 @@ def test_a_signal_stops_running_jobs_and_withdraws_the_others(config, place, tmp
     work = [Work((name,), backending.wait_long, (str(tmp_path / f"mark-{name}"),)) for name in "abcd"]
 
     def interrupt():
-        end = time.monotonic() + 60
+        end = time.monotonic() + 1200
         while not list(tmp_path.glob("mark-*")) and time.monotonic() < end:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    start = time.monotonic()
     with pytest.raises(TrainingInterruptedError, match="the same command goes on"):
         list(run_work(work, config.open(tmp_path / "jobs"), place, config))
-    assert time.monotonic() - start < 55  # nothing waited for its end
+    assert not list(tmp_path.glob("mark-*.end"))  # nothing waited for its end
     assert len(list(tmp_path.glob("mark-*"))) <= 2
     assert place.recover(lambda job: False) == {}
     assert not any((tmp_path / "home").iterdir())

@@ -49,7 +49,7 @@ def test_the_same_command_line_works_with_one_process_and_with_two(tmp_path, arc
     alone = CliRunner().invoke(main, [*words, "--output", str(tmp_path / "one")])
     assert alone.exit_code == 0, alone.output
     process = launch(2, *words, "--output", str(tmp_path / "two"))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     said = json.loads(out)  # once, by the first process
     assert said["evaluation_accuracy"] == json.loads(alone.stdout)["evaluation_accuracy"]
@@ -65,14 +65,12 @@ def test_a_request_to_stop_reaches_the_launcher_and_leaves_a_checkpoint(tmp_path
     process = launch(
         2, *TRAIN, "--data", archive, "--epsilon", "3", "--steps", "100000", "--output", str(output)
     )
-    progress, start = partial_folder(output) / "progress.json", time.monotonic()
-    while not progress.exists():
+    progress = partial_folder(output) / "progress.json"
+    while not (partial_folder(output) / "checkpoint.safetensors").exists():  # all processes have taken steps
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() - start < 90
         time.sleep(0.05)
-    time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=1200)
     (stopped,) = [line for line in err.splitlines() if line.startswith("stopped after")]
     done = int(stopped.split()[2])
     assert out == ""

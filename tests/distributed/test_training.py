@@ -1,5 +1,4 @@
 import math
-import time
 
 import pytest
 import rank_tasks
@@ -69,9 +68,7 @@ def test_certified_runs_have_the_certificate_of_one_process(tmp_path, sampling):
 def test_a_lost_process_leaves_a_charged_run_that_other_numbers_of_processes_resume(tmp_path):
     options = {**COMMON, "steps": 60, "sampling": "poisson", "expected_batch_size": 30}
     options |= {"output": tmp_path / "run", "ledger": tmp_path / "ledger.sqlite"}
-    start = time.monotonic()
     first, second, third = together(3, kill_at_seven, tmp_path, options)
-    assert time.monotonic() - start < 60
     assert second == DIED
     assert first.kind == third.kind == "RankLostError"
     assert "--resume" in first.text
