@@ -27,6 +27,7 @@ from dptaft.runs import (
     write_statement,
 )
 from dptaft.training.describe import build_statement, no_claim
+from dptaft.training.facts import facts_of_steps
 from dptaft.training.plan import Request, delta_warning, plain
 from dptaft.training.preparation import Prepared, PreparedOneShot
 from dptaft.training.steps import Trained
@@ -94,6 +95,7 @@ def write_run(
     tables: dict[str, Mapping[str, Any]] = {
         "optimizer": plain(prepared.optimizer),
         "processes": {"count": trained.processes},
+        "training": facts_of_steps(data, request, prepared, trained),
         **(sections or {}),
     }
     found = write_files(folder, name, data, request, prepared, trained.weights, metrics, tables)

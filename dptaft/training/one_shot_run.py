@@ -15,6 +15,7 @@ from dptaft.runs import Run, load_run, new_run, write_statement
 from dptaft.tangent.diameter import double_operator
 from dptaft.training.account import Account
 from dptaft.training.describe import build_one_shot_statement
+from dptaft.training.facts import facts_of_one_shot
 from dptaft.training.finish import evaluate, utility_of, warn_of_delta, write_files
 from dptaft.training.one_shot import train_once
 from dptaft.training.plan import Request
@@ -53,11 +54,12 @@ def run_one_shot(
         weights = solve(prepared, request, cached, data.train.labels, progress)
         metrics = evaluate(learner, data, held_out, weights)
         charged = account.commit(prepared.spending())
-        table = {"kind": plan.method, "l2_regularization": plan.regularization}
+        tables = {
+            "optimizer": {"kind": plan.method, "l2_regularization": plan.regularization},
+            "training": facts_of_one_shot(data, request, plan),
+        }
         with new_run(output) as folder:
-            found = write_files(
-                folder, output.name, data, request, prepared, weights, metrics, {"optimizer": table}
-            )
+            found = write_files(folder, output.name, data, request, prepared, weights, metrics, tables)
             if not found.no_claim:
                 statement = build_one_shot_statement(
                     data,
