@@ -1,10 +1,10 @@
 """What a statement assumes of a run, and where the run says whether it did: one row per assumption.
 
-A row compares one value of the statement with one value of ``run.toml`` (or ``metrics.jsonl``). A statement may
-assume less than the run did, never more. Where the statement is silent it assumes nothing. Where ``run.toml``
-is silent, `missing` stands for what the run did: the value on which the least can be claimed (a run that does
-not say `certified` is not certified). Rows without one compare nothing then: only ``run.toml`` of older
-versions lacks them, and `verify` says so. Needs no torch.
+A row compares one value of the statement with one value of ``run.toml`` (or ``metrics.jsonl``). A statement
+may assume less than the run did, never more. Where the statement is silent it assumes nothing. Where
+``run.toml`` is silent, `missing` stands for what the run did: the value on which the least can be claimed (a
+run that does not say `certified` is not certified). Rows without one compare nothing then: only ``run.toml``
+of older versions lacks them, and `verify` says so. Needs no torch.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _KINDS_OF_METHOD = {
     "objective-perturbation": ("softmax-objective-perturbation",),
     "output-perturbation": ("output-perturbation",),
 }
-_NESTED = {"sequence": "sequence", "parallel": "parallel"}
+_NESTED = ("sequence", "parallel")
 _ENTRY = ("factor", "partition", "shard", "epsilon", "delta")
 
 
@@ -44,8 +44,8 @@ def _look_up(tree: Any, name: str) -> Any:
 class StatementSays:
     """Values of a statement.
 
-    Besides its groups: `record` (the mechanism record), `details` (the mechanism group; of the best of several
-    candidates that of the candidate), `certificate`, and the derived `steps`, `regularization`,
+    Besides its groups: `record` (the mechanism record), `details` (the mechanism group; of the best of
+    several candidates that of the candidate), `certificate`, and the derived `steps`, `regularization`,
     `gradient_tolerance` (both of the sum objective), `objective_noise_std`, `output_noise_std`,
     `candidate_epsilon`, `candidate_mu`, `parts`, `removed`, `shape`.
 
@@ -169,12 +169,8 @@ class RunSays:
     def _kinds(self) -> tuple[str, ...]:
         """Kinds of mechanism records that this run can have."""
         if self.kind == COMPOSED:
-            return (*_GAUSSIAN, *(k for kinds in _KINDS_OF_METHOD.values() for k in kinds)) + (
-                "sequence",
-                "parallel",
-                "certified-last-iterate",
-                "repeat-and-select",
-            )
+            trained = (*_GAUSSIAN, *(kind for kinds in _KINDS_OF_METHOD.values() for kind in kinds))
+            return (*trained, "certified-last-iterate", "repeat-and-select", *_NESTED)
         if self.kind == SELECTED:
             return ("repeat-and-select",)
         if self.kind == ONE_SHOT:
@@ -231,9 +227,9 @@ def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def _mu(noise: float | Sequence[float], steps: int) -> float:
     """Parameter of Gaussian differential privacy of full-batch steps: sqrt(sum 1/z^2)."""
-    return math.sqrt(
-        math.fsum(z**-2 for z in noise) if not isinstance(noise, (int, float)) else steps / noise**2
-    )
+    if isinstance(noise, (int, float)):
+        return math.sqrt(steps) / noise
+    return math.sqrt(math.fsum(z**-2 for z in noise))
 
 
 def _entry(item: Mapping[str, Any], identity: str) -> dict[str, Any]:

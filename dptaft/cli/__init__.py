@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from dptaft.cli.echo import echo
+from dptaft.report.text import plain, printable
+
 _COMMANDS = {
     "train": ("dptaft.cli.train", "train"),
     "predict": ("dptaft.cli.predict", "predict"),
@@ -77,11 +80,14 @@ class Commands(click.Group):
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt:
-                click.echo(
+                echo(
                     "interrupted; no run was written (a folder ending in .partial keeps what was spent)",
                     err=True,
                 )
                 raise SystemExit(130) from None
+            except click.ClickException as error:
+                error.message = printable(error.message)
+                raise
             except ValueError as error:
                 raise UserError(_one_line(error)) from error
             except OSError as error:
@@ -89,11 +95,11 @@ class Commands(click.Group):
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return plain(error)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+    echo(f"Warning: {plain(message)}", err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,6 +10,8 @@ from typing import NoReturn
 
 import click
 
+from dptaft.cli.echo import echo
+
 
 def follow(work: Callable[[], object]) -> NoReturn:
     """Do the work in silence and exit.
@@ -36,6 +38,6 @@ def _failed(error: RuntimeError) -> int:
         return 0
     if not isinstance(error, RankLostError):
         raise error
-    click.echo(str(error), err=True)
+    echo(str(error), err=True)
     sys.stderr.flush()
     return 1

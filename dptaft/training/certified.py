@@ -150,7 +150,7 @@ def loss_constants(loss: Loss, num_classes: int) -> LossConstants:
     ):
         if own > known * (1.0 + 2.0**-40):
             raise CertificateError(
-                f"the {name} of the loss {loss.name} may reach {own:g}, above the {known:g} of its certificates"
+                f"the {name} of the loss {loss.name} may reach {own:g}, its certificates say {known:g}"
             )
     return found
 

@@ -1,4 +1,4 @@
-"""What a run did, in the public numbers that its statement is held against: table `training` of ``run.toml``."""
+"""What a run did, in public numbers that its statement is held against: table `training` of ``run.toml``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from dptaft.training.steps import Trained
 def facts_of_steps(data: ImageData, request: Request, prepared: Prepared, trained: Trained) -> dict[str, Any]:
     """Of a run of noisy steps; under add-remove `records` is the public number, never the true one."""
     plan, private = prepared.plan, trained.private
-    noise = [plan.noise_multiplier * plan.noise_factors[i] for i in trained.executed]
+    factors = [plan.noise_factors[i] for i in trained.executed]
+    noise = [plan.noise_multiplier * factor for factor in factors]
     found = {
         **_common(data, request, plan.delta),
         "sampling": plan.sampling.kind,
@@ -35,8 +36,7 @@ def facts_of_steps(data: ImageData, request: Request, prepared: Prepared, traine
     if min(noise) > 0:
         found["noise_std"] = noise_std(
             sensitivity=l2_sensitivity(private.max_grad_norm, private.adjacency),
-            noise_multiplier=plan.noise_over_sensitivity
-            * min(plan.noise_factors[i] for i in trained.executed),
+            noise_multiplier=plan.noise_over_sensitivity * min(factors),
             dimension=private.dimension,
         )
     if prepared.design is not None:
