@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from dptaft.data import ImageData
-from dptaft.training.clipping import l2_sensitivity
+from dptaft.training.clipping import Adjacency, l2_sensitivity
 from dptaft.training.describe import UNIT, chosen, clipping_of
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource, noise_std
 from dptaft.training.one_shot_plan import DIAMETER, OneShotPlan
@@ -16,7 +16,7 @@ from dptaft.training.steps import Trained
 
 def facts_of_steps(data: ImageData, request: Request, prepared: Prepared, trained: Trained) -> dict[str, Any]:
     """Of a run of noisy steps; under add-remove `records` is the public number, never the true one."""
-    plan, private = prepared.plan, trained.private
+    plan = prepared.plan
     factors = [plan.noise_factors[i] for i in trained.executed]
     noise = [plan.noise_multiplier * factor for factor in factors]
     found = {
@@ -27,7 +27,7 @@ def facts_of_steps(data: ImageData, request: Request, prepared: Prepared, traine
         "partition": "secret-random",
         "normaliser": plan.normaliser,
         "clipping": clipping_of(request),
-        "l2_clip_norm": private.max_grad_norm,
+        "l2_clip_norm": prepared.l2_clip_norm,
         "noise_multiplier": noise[0] if len(set(noise)) == 1 else noise,
         "steps_planned": plan.steps,
         "steps_executed": len(trained.executed),
@@ -35,9 +35,9 @@ def facts_of_steps(data: ImageData, request: Request, prepared: Prepared, traine
     }
     if min(noise) > 0:
         found["noise_std"] = noise_std(
-            sensitivity=l2_sensitivity(private.max_grad_norm, private.adjacency),
+            sensitivity=l2_sensitivity(prepared.l2_clip_norm, cast(Adjacency, plan.adjacency)),
             noise_multiplier=plan.noise_over_sensitivity * min(factors),
-            dimension=private.dimension,
+            dimension=sum(value.numel() for value in trained.weights.values()),
         )
     if prepared.design is not None:
         certificate = prepared.design.certificate
