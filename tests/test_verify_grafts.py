@@ -3,16 +3,27 @@
 A forger with write access changes one thing, computes epsilon again from the changed record, and renews every hash and id.
 """
 
+import contextlib
 import json
 import shutil
 
 import pytest
 from builders import small_data
+from run_folders import leaves, other, replaced
 from sweeping import HEAD, recipe
 
 import dptaft
 from dptaft.assumptions import ASSUMPTIONS
-from dptaft.runs import CONFIG, STATEMENT, hash_files, load_run, read_config, write_config, write_statement
+from dptaft.runs import (
+    CONFIG,
+    STATEMENT,
+    RunError,
+    hash_files,
+    load_run,
+    read_config,
+    write_config,
+    write_statement,
+)
 from dptaft.shards import compose, remove_shard, train_shards
 from dptaft.sweep.select import run_selection
 from dptaft.verification import verify
@@ -242,6 +253,33 @@ def test_a_statement_that_assumes_more_is_refused(runs, tmp_path, row):
     assert "\n" not in messages[0]
     assert f"{row.name}: the statement has {row.stated} " in messages[0]
     assert f"{CONFIG} {row.ran} " in messages[0]
+
+
+# words, and facts that neither the record nor run.toml decides; a larger sensitivity assumes less
+_WORDS = (
+    "claim.not_protected", "claim.public", "claim.assumptions", "claim.data_accesses.training",
+    "claim.data_accesses.normalisation", "claim.data_accesses.early_stopping", "accounting.version",
+    "accounting.cross_checks", "mechanism.sensitivity", "mechanism.stopping_rule", "mechanism.dtypes.sums",
+    "mechanism.dtypes.noise", "composition", "implementation.versions", "implementation.source_revision",
+    "implementation.sampling_source", "implementation.float_mitigation", "implementation.nan_policy",
+    "utility.metric", "utility.split", "utility.private", "admin.caveats", "admin.id",
+)  # fmt: skip
+
+
+def test_only_words_of_a_renamed_statement_are_free(runs, tmp_path):
+    """Every other scalar that is changed is found, though the statement has the id of its new content."""
+    folder = shutil.copytree(runs["full"], tmp_path / "copy")
+    document = json.loads((folder / STATEMENT).read_text())
+    changed = 0
+    for path, value in leaves(document):
+        name = ".".join(map(str, path))
+        if any(name == word or name.startswith(f"{word}.") for word in _WORDS):
+            continue
+        (folder / STATEMENT).write_text(replaced(document, path, other(value), seal=True))
+        changed += 1
+        with contextlib.suppress(RunError):
+            assert not verify(folder).passed, name
+    assert changed > 60
 
 
 def certificate_of_a_dream(run):
