@@ -10,7 +10,7 @@ of older versions lacks them, and `verify` says so. Needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,6 @@ from dptaft_accounting.convexity import certified_name
 
 UNIT_JACOBIAN = 1.0 + 2.0**-12
 """Norm of a Jacobian that training allows for, float32 rounding included."""
-
-TRAINING = "training"
-"""Table of ``run.toml`` that says what a run did, in numbers; older versions did not write it."""
 
 EVERY = "every"
 CERTIFIED = "certified"
@@ -62,6 +59,7 @@ class Assumption:
             fine = False
         if fine:
             return None
+        stated, ran = _where_they_differ(stated, ran)
         found = "nothing" if ran is None else _short(ran)
         return f"{self.name}: the statement has {self.stated} {_short(stated)}, {CONFIG} {self.ran} {found}"
 
@@ -69,6 +67,27 @@ class Assumption:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _SHORT else text[: _SHORT - 3] + "..."
+
+
+def _where_they_differ(stated: Any, ran: Any) -> tuple[Any, Any]:
+    """The first two unequal values of lists of one length and of objects, for a message."""
+    pairs: Iterable[tuple[Any, Any]] = ()
+    if isinstance(stated, (list, tuple)) and isinstance(ran, (list, tuple)) and len(stated) == len(ran):
+        pairs = zip(stated, ran, strict=True)
+    elif isinstance(stated, Mapping) and isinstance(ran, Mapping):
+        pairs = [({name: stated.get(name)}, {name: ran[name]}) for name in ran]
+        return next((pair for pair in pairs if pair[0] != pair[1]), (stated, ran))
+    return next((_where_they_differ(a, b) for a, b in pairs if a != b), (stated, ran))
+
+
+def _same_parts(stated: Any, ran: Any) -> bool:
+    """Parts by content, factor and shard; cost where the run names it."""
+    fixed = ("id", "factor", "partition", "shard")
+    return len(stated) == len(ran) and all(
+        one.get(name) == two.get(name)
+        for one, two in zip(stated, ran, strict=True)
+        for name in {*fixed, *two}
+    )
 
 
 def _same(stated: Any, ran: Any) -> bool:
@@ -305,7 +324,7 @@ ASSUMPTIONS: tuple[Assumption, ...] = (
     # a sum of runs
     Assumption("kind of sum", "composition.how", "composition.how", _same, COMPOSED, None),
     Assumption("number of parts", "details.composed_of", "derived.parts", _same, COMPOSED, None),
-    Assumption("parts", "parts", "derived.entries", _same, COMPOSED, None),
+    Assumption("parts", "parts", "derived.entries", _same_parts, COMPOSED, None),
     Assumption("delta of the parts", "claim.delta", "derived.delta", _same, COMPOSED),
     Assumption("removed parts", "removed", "derived.removed", _same, COMPOSED, None),
     Assumption("disjoint parts", "composition.disjointness", "derived.disjointness", _same, COMPOSED, None),
@@ -329,6 +348,13 @@ def assumed_too_much(
             problem = row.problem(said, run)
             if problem is not None:
                 yield problem
+
+
+def is_of_older_version(config: Mapping[str, Any]) -> bool:
+    """Whether ``run.toml`` lacks the table `training`, or a composition the records of its parts."""
+    if "composition" in config:
+        return any("record_sha256" not in part for part in config["composition"]["parts"])
+    return "training" not in config
 
 
 def _concerns(row: Assumption, said: StatementSays, run: RunSays) -> bool:

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dptaft.assumptions import TRAINING, assumed_too_much
+from dptaft.assumptions import assumed_too_much, is_of_older_version
 from dptaft.ledger_check import LEDGER_NAME, ledger_problems
 from dptaft.revision import source_revision
 from dptaft.runs import (
@@ -281,11 +281,13 @@ def _agreement(folder: Path, statement: PrivacyStatement) -> Iterator[Check]:
         return
     try:
         problems = list(assumed_too_much(statement.to_dict(), config, metrics))
+        older = is_of_older_version(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems = [f"{CONFIG} or the statement cannot be compared: {error!r}"]
+        older = False
     yield _result("agreement", problems, f"the statement assumes no more than {CONFIG} and {METRICS} say")
-    if TRAINING not in config and "composition" not in config:
-        yield Check("agreement", NOTE, f"{CONFIG} of an older version: noise, steps, sampling are not in it")
+    if older:
+        yield Check("agreement", NOTE, f"{CONFIG} of an older version lacks facts that statements assume")
 
 
 def _object(line: Any) -> Mapping[str, Any]:

@@ -335,6 +335,39 @@ def test_an_old_run_without_the_new_table_verifies_and_gains_nothing(runs, tmp_p
         assert f"{words}: " in message
 
 
+@pytest.mark.parametrize("kind", ["composed", "removed", "one part"])
+def test_an_old_sum_of_runs_verifies_and_cannot_become_parallel(runs, tmp_path, kind):
+    """Its configuration names no records and costs of its parts."""
+    folder = shutil.copytree(runs[kind], tmp_path / "old")
+    config = read_config(folder)
+    for entry in config["composition"]["parts"]:
+        del entry["record_sha256"], entry["epsilon"], entry["delta"]
+    write_config(folder, config)
+    old = json.loads((folder / STATEMENT).read_text())
+    seal(folder, old)
+    assert verify(folder).passed, verify(folder).failures
+    if kind == "one part":
+        old["mechanism"]["record"]["kind"] = "parallel"
+        seal(folder, old)
+        assert [c.name for c in verify(folder).failures] == ["agreement"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("full", "data", "x"),
+        ("full", "model", 1),
+        ("full", "training", []),
+        ("full", "training.steps_executed", "many"),
+        ("composed", "composition", {}),
+        ("composed", "composition.parts", ["x"]),
+    ],
+)
+def test_a_configuration_of_another_form_is_one_failed_check(runs, tmp_path, kind, path, value):
+    folder = forge(runs[kind], tmp_path / "odd", "run", path, value)
+    assert [check.name for check in verify(folder).failures] == ["agreement"]
+
+
 @pytest.mark.parametrize("epsilon", [float("inf"), 8.0])
 def test_a_claim_for_a_run_without_noise_is_refused(runs, tmp_path, epsilon):
     """A baseline, or a seeded run: their configuration gives no claim to graft on."""
