@@ -14,6 +14,7 @@ from dptaft_accounting.mechanisms import FullBatchGaussian, PoissonGaussian
 FULL = FullBatchGaussian(10.0, 50)
 POISSON = PoissonGaussian(1.0, 0.05, 100)
 CONVEX = FullBatchGaussian(10.0, 50, released="last-iterate")
+CLIP = 1.5
 AES = "AES-256-CTR, key from operating-system entropy"
 
 
@@ -21,8 +22,8 @@ def proof(steps=50, **changes):
     values = {
         "loss": "cross-entropy",
         "constants": LossConstants(2**0.5, 0.5, scalar=False),
-        "feature_bound": 0.7,
-        "l2_clip_norm": 1.0,
+        "feature_bound": 1.0 + 2.0**-12,
+        "l2_clip_norm": CLIP,
         "regularization": 0.1,
         "step_size": 1.0,
         "normaliser": 1000.0,
@@ -45,21 +46,36 @@ def config(name="one", **privacy):
     }  # fmt: skip
 
 
-def details(mechanism):
+def certified(settings, certificate):
+    """The settings of a run that a certificate can belong to."""
+    return settings | {
+        "privacy": settings["privacy"] | {"certified": True},
+        "model": settings["model"] | {"unit_jacobian": True, "loss": certificate.origin["loss"]},
+        "optimizer": {
+            "kind": "sgd",
+            "averaging": "last",
+            "learning_rate": certificate.step_size,
+            "l2_regularization": certificate.strong_convexity,
+            "learning_rate_schedule": {"kind": "constant", "final": 1.0, "warmup_steps": 0},
+        },
+    }
+
+
+def details(mechanism, certificate=None):
     noise = mechanism.noise_multiplier
     return {
         "clipping": "exact",
-        "l2_clip_norm": 1.0,
-        "sensitivity": mechanism.sensitivity,
-        "noise_std": noise if isinstance(noise, float) else min(noise),
+        "l2_clip_norm": CLIP,
+        "sensitivity": CLIP * mechanism.sensitivity,
+        "noise_std": CLIP * (noise if isinstance(noise, float) else min(noise)),
         "sampler": "poisson" if isinstance(mechanism, PoissonGaussian) else "full-batch",
         "normaliser": 1000.0,
         "steps_planned": mechanism.steps,
         "steps_executed": mechanism.steps,
-        "loss": "cross-entropy",
+        "loss": "cross-entropy" if certificate is None else certificate.origin["loss"],
         "scope": "last:1",
         "method": "tangent",
-        "optimizer": "momentum",
+        "optimizer": "momentum" if certificate is None else "sgd",
     }
 
 
@@ -83,7 +99,8 @@ def make_run(folder, mechanism=FULL, *, certificate=None, name="one", weights=0.
     """A run folder as training writes it; `groups` are further arguments of `PrivacyStatement.build`."""
     folder.mkdir(parents=True)
     save_file({"trained/head.weight": np.full((2, 3), weights, np.float32)}, folder / "model.safetensors")
-    write_config(folder, config(name, adjacency=mechanism.adjacency))
+    settings = config(name, adjacency=mechanism.adjacency)
+    write_config(folder, settings if certificate is None else certified(settings, certificate))
     write_metrics(folder, [{"accuracy": accuracy, "images": 10, "split": "evaluation"}])
     admin = {"run": name, "time": "2026-01-02T03:04:05+00:00", "files": hash_files(folder)}
     values = {
@@ -91,7 +108,7 @@ def make_run(folder, mechanism=FULL, *, certificate=None, name="one", weights=0.
         "certificate": certificate,
         "cross_check": False,
         "claim": CLAIM,
-        "details": details(mechanism),
+        "details": details(mechanism, certificate),
         "implementation": {"noise_source": AES, "sampling_source": AES, "versions": {"dptaft": "0.1.0"}},
         "utility": {"metric": "accuracy", "value": accuracy, "split": "evaluation", "private": False},
     }

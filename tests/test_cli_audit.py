@@ -44,15 +44,32 @@ def test_a_sound_run_is_consistent(run):
     assert "keep them internal" in result.output
 
 
-def test_json_attach_and_membership(run, tmp_path):
+def test_json_and_membership(run, tmp_path):
     plot = tmp_path / "roc.png"
-    options = ("--json", "--attach", "--membership", 4, "--plot", plot, "--canaries", 300)
+    options = ("--json", "--membership", 4, "--plot", plot, "--canaries", 300)
     result = audit(run, *options, "--repetitions", 2, "--significance", 1e-6)
     assert result.exit_code == 0, result.output
     document = json.loads(result.output)
     assert document["epsilon_lower_bound"] < document["epsilon_claimed"] < document["epsilon_attainable"]
     assert document["membership"]["shadows"] == 4
     assert plot.stat().st_size > 5000
+    assert "published" in document["spends"]
+
+
+def test_facts_about_private_records_are_not_attached(run, monkeypatch):
+    """The folder of a run is published; what an audit measures on the records carries no noise."""
+    from dptaft.auditing import repeat
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repeat.Repeater, "observe", None)  # nothing is trained before the refusal
+        result = audit(run, "--attach", "--canaries", 300, "--repetitions", 2)
+    assert result.exit_code == 2
+    assert "--data synthetic" in result.output
+    assert len(result.output.splitlines()) == 1
+    assert not (run.path / "audit.json").exists()
+    result = audit(run, "--attach", "--data", "synthetic", "--canaries", 300, "--repetitions", 2)
+    assert result.exit_code == 0, result.output
+    assert "read no private record" in result.output
     attached = json.loads((run.path / "audit.json").read_text())
     assert attached["statement_id"] == dptaft.load_run(run.path).id
     (run.path / "audit.json").unlink()

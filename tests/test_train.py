@@ -17,6 +17,7 @@ from dptaft.learner import Learner
 from dptaft.training.defaults import automatic_rate
 from dptaft.training.plan import ModelConfig, PerformanceConfig, PlanError, PrivacyConfig
 from dptaft.training.trainer import partial_folder
+from dptaft.verification import verify
 from dptaft_accounting import best_bound, mechanism_from_dict
 
 
@@ -280,7 +281,7 @@ dptaft.train(small_data(), epsilon=2, steps=80, output=sys.argv[1], progress=slo
 def interrupted_run(tmp_path, number, after):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -315,7 +316,19 @@ def test_interrupted_runs_resume_within_the_budget(tmp_path, number):
     # a killed process loses the steps since its last checkpoint; they stay charged
     assert done[0] >= 26
     assert (done[-1] == 80) == (number != signal.SIGKILL)
+    assert verify(run.path).passed, verify(run.path).failures
     assert not partial_folder(run.path).exists()
+
+
+def test_ranges_beyond_the_plan_are_refused_in_one_line(tmp_path):
+    interrupted_run(tmp_path, signal.SIGTERM, after=30)
+    partial = partial_folder(tmp_path / "run")
+    content = json.loads((partial / "progress.json").read_text())
+    ranges = [*content["authorised"], [0, 10**12]]
+    (partial / "progress.json").write_text(json.dumps(content | {"authorised": ranges}))
+    with pytest.raises(ValueError, match=r"progress.json is damaged .*, 80 are planned") as error:
+        dptaft.train(small_data(), epsilon=2, steps=80, output=tmp_path / "run", resume=True)
+    assert "\n" not in str(error.value)
 
 
 def test_automatic_sampling_is_a_public_rule():

@@ -125,9 +125,9 @@ def test_a_renamed_forgery_must_still_follow_from_the_record(copy):
         (("claim", "epsilon"), 1.0),
         (("claim", "epsilon"), 200.0),
         (("claim", "delta"), 1e-9),
-        (("mechanism", "noise_std"), 9.9),
-        (("mechanism", "sensitivity"), 0.5),
-        (("mechanism", "l2_clip_norm"), 1.1),
+        (("mechanism", "noise_std"), 14.9),
+        (("mechanism", "sensitivity"), 1.4),
+        (("mechanism", "l2_clip_norm"), 1.6),
         (("mechanism", "sampler"), "poisson"),
         (("mechanism", "steps_executed"), 51),
         (("risk", "tpr_at_fpr", 0, "tpr"), 0.0),
@@ -392,16 +392,17 @@ def test_it_needs_no_torch(run):
 
 @pytest.mark.parametrize("name", ["cross-entropy", "huber-square"])
 def test_constants_of_losses_are_those_of_training(name):
-    from dptaft import verification
-    from dptaft.training.certified import loss_constants
     from dptaft.training.losses import LOSSES
+    from dptaft_accounting.convexity import trained_constants
 
-    assert verification._constants(name, 7) == loss_constants(LOSSES[name](), 7)
+    loss, known = LOSSES[name](), trained_constants(name, 7)
+    assert known.gradient == pytest.approx(loss.cotangent_bound(7), rel=1e-12)
+    assert known.curvature == pytest.approx(loss.smoothness(7), rel=1e-12)
 
 
 def test_certificates_of_the_other_loss_need_the_number_of_classes(tmp_path):
     issued = proof(loss="huber-square", constants=LossConstants(15.0, 1.0, scalar=False), l2_clip_norm=20.0)
-    group = details(CONVEX) | {"l2_clip_norm": 20.0, "noise_std": 200.0, "sensitivity": 20.0}
+    group = details(CONVEX, issued) | {"l2_clip_norm": 20.0, "noise_std": 200.0, "sensitivity": 20.0}
     folder = make_run(tmp_path / "c", CONVEX, certificate=issued, details=group).path
     assert verify(folder).passed
     alone = shutil.copy(folder / "privacy.json", tmp_path / "alone.json")

@@ -14,7 +14,7 @@ constructor refuses anything else and says which assumption fails.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from functools import cached_property
@@ -52,6 +52,44 @@ LOSSES: dict[str, LossConstants] = {
     "squared": LossConstants(math.inf, 1.0, True),
     "huber": LossConstants(1.0, 1.0, True),
 }
+
+TRAINED_LOSSES: dict[str, Callable[[int], LossConstants]] = {
+    "cross-entropy": lambda classes: LOSSES["multinomial-logistic"],
+    # (1/C) h(|e|), h(t) = t^2 up to the threshold 15 and linear beyond, residual e of C logits: gradient
+    # 2 * 15/C, curvature 2/C
+    "huber-square": lambda classes: LossConstants(30.0 / classes, 2.0 / classes, False),
+}
+"""Losses of training -> constants for a number of classes; `dptaft.training.losses` holds the formulas."""
+
+
+def trained_constants(loss: str, classes: int | None) -> LossConstants | None:
+    """Constants of a loss of training, to issue a certificate with; None for those of `LOSSES`.
+
+    Raises:
+        CertificateError: the loss is in neither list, or `classes` is missing.
+
+    >>> trained_constants("huber-square", 10).curvature
+    0.2
+    """
+    if loss in LOSSES:
+        return None
+    if loss not in TRAINED_LOSSES:
+        known = ", ".join(sorted(TRAINED_LOSSES))
+        raise CertificateError(
+            f"gradients of the loss {loss} are unbounded, or no bound is known; use {known}"
+        )
+    if not classes:
+        raise CertificateError("the number of classes is needed; verify the whole run")
+    return TRAINED_LOSSES[loss](classes)
+
+
+def certified_name(loss: str) -> str:
+    """Name of a loss of training in a certificate.
+
+    >>> certified_name("cross-entropy"), certified_name("huber-square")
+    ('multinomial-logistic', 'huber-square')
+    """
+    return "multinomial-logistic" if loss == "cross-entropy" else loss
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ INTERNAL = (
     "this audit trained on the records again and looked inside: its numbers are not covered by the claim; "
     "keep them internal, or audit with --data synthetic"
 )
+_SPENDS_NOTHING = "nothing: it read no private record"
+_SPENDS_UNBOUNDED = (
+    "no budget, while its numbers stay inside; published, no epsilon bounds what they say about records"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class AuditReport:
         noise: the check of the noise that was added.
         delta: of the claim and of all bounds.
         data: what was trained on.
-        private: whether private records were read.
+        private: whether private records (or canary images) were read.
         notes: what a reader must know.
     """
 
@@ -86,6 +90,11 @@ class AuditReport:
             return "violation"
         return self.evidence.verdict
 
+    @property
+    def spends(self) -> str:
+        """What the audit costs, in words: its numbers carry no noise."""
+        return _SPENDS_UNBOUNDED if self.private else _SPENDS_NOTHING
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; infinite numbers become null."""
         document = {
@@ -107,12 +116,18 @@ class AuditReport:
             "noise": self.noise.to_dict(),
             "data": self.data,
             "trained_on_private_records": self.private,
+            "spends": self.spends,
             "notes": list(self.notes),
         }
         return _finite(document)
 
     def attach(self) -> Path:
-        """Write ``audit.json`` into the run's folder; it names the statement and changes no other file."""
+        """Write ``audit.json`` into the run's folder; it names the statement and changes no other file.
+
+        Raises:
+            AuditSetupError: the audit read private records, of which its numbers tell without noise.
+        """
+        _require_public(self.private, self.data)
         path = Path(self.run) / AUDIT
         draft = path.with_name(f".{AUDIT}.{os.getpid()}")
         draft.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -138,6 +153,7 @@ def audit(
     canary_images: ImageData | None = None,
     repetitions: int | None = None,
     significance: float = 0.05,
+    attach: bool = False,
     progress: Report | None = None,
 ) -> AuditReport:
     """Repeat a run's recipe with canaries and bound its privacy loss from below.
@@ -153,6 +169,8 @@ def audit(
         canary_images: the user's own, for ``images``.
         repetitions: trainings; by default as many as give the default test some power.
         significance: chance of calling a sound claim a violation.
+        attach: write the report into the run's folder; refused, before anything is trained, where private
+            records would be read.
         progress: called with (stage, done, total).
 
     Returns:
@@ -166,6 +184,9 @@ def audit(
 
     loaded = load_run(run) if isinstance(run, str | os.PathLike) else run
     recipe = load_recipe(loaded, data)
+    private = recipe.private or not (canary_images is None or canary_images.is_public)
+    if attach:
+        _require_public(private, recipe.data.name)
     chosen = observer or getattr(recipe.mechanism, "released", "all-iterates")
     kind = canaries or ("mislabelled" if chosen == "black-box" else "coordinate")
     _check_options(chosen, kind, count, repetitions, canary_images)
@@ -176,7 +197,7 @@ def audit(
         repetitions = repetitions if kind == "coordinate" else 1
     observed = repeater.observe(placed, chosen, repetitions)
     evidence = judge(recipe, chosen, placed, observed, significance)
-    return AuditReport(
+    report = AuditReport(
         run=str(loaded.path),
         statement_id=recipe.statement_id,
         observer=chosen,
@@ -190,9 +211,20 @@ def audit(
         noise=next((found for found in observed.noise if not found.holds), observed.noise[0]),
         delta=recipe.delta,
         data=recipe.data.name,
-        private=recipe.private,
-        notes=(*recipe.notes, *((INTERNAL,) if recipe.private else ())),
+        private=private,
+        notes=(*recipe.notes, *((INTERNAL,) if private else ())),
     )
+    if attach:
+        report.attach()
+    return report
+
+
+def _require_public(private: bool, name: str) -> None:
+    if private:
+        raise AuditSetupError(
+            f"an audit of {name} tells facts about private records without noise, and an attached one is "
+            "published with the run; attach one of public data or of --data synthetic"
+        )
 
 
 def _check_options(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from dptaft.cli.failure import INTERRUPTED, explained, leave_quietly, open_streams, reader_is_gone, say
+from dptaft.report.text import plain, printable
 
 _COMMANDS = {
     "train": ("dptaft.cli.train", "train"),
@@ -80,7 +81,10 @@ class Commands(click.Group):
                     "ending in .partial is left, the same command with its --output and --resume goes on"
                 )
                 raise SystemExit(INTERRUPTED) from None
-            except (click.ClickException, click.exceptions.Exit, click.Abort):
+            except click.ClickException as error:
+                error.message = printable(error.message)
+                raise
+            except (click.exceptions.Exit, click.Abort):
                 raise
             except Exception as error:
                 if _is_of_another_process(error):
@@ -97,7 +101,7 @@ def _is_of_another_process(error: Exception) -> bool:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    say(f"Warning: {' '.join(str(message).split())}")
+    say(f"Warning: {plain(message)}")
 
 
 _EXIT_CODES = """\b

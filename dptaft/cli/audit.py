@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dptaft.cli.echo import echo
 from dptaft.cli.format import up
 
 if TYPE_CHECKING:
@@ -43,13 +44,16 @@ if TYPE_CHECKING:
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="With --membership: .png or .svg."
 )
-@click.option("--attach", is_flag=True, help="Write audit.json into the run's folder.")
+@click.option(
+    "--attach", is_flag=True, help="Write audit.json into the run's folder; synthetic or public data."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def audit(run: Path, **options: Any) -> None:
     """Repeat the training of RUN with canaries and bound its privacy loss from below.
 
     Exit status 1 where the claim is violated.
     """
+    from dptaft.auditing.report import AUDIT
     from dptaft.auditing.report import audit as audit_run
     from dptaft.cli.progress import Bars
     from dptaft.data import load_data
@@ -70,16 +74,15 @@ def audit(run: Path, **options: Any) -> None:
             canary_images=None if canary_data is None else load_data(canary_data, hold_out=False),
             repetitions=options["repetitions"],
             significance=options["significance"],
+            attach=options["attach"],
             progress=progress,
         )
         document = report.to_dict()
         if shadows is not None:
             document["membership"] = _membership(run, options, progress)
     if options["attach"]:
-        document["attached"] = str(report.attach())
-    click.echo(
-        json.dumps(document, indent=2, allow_nan=False) if options["as_json"] else table(report, document)
-    )
+        document["attached"] = str(Path(report.run) / AUDIT)
+    echo(json.dumps(document, indent=2, allow_nan=False) if options["as_json"] else table(report, document))
     if report.verdict == "violation":
         raise SystemExit(1)
 
@@ -119,6 +122,7 @@ def table(report: AuditReport, document: dict[str, Any]) -> str:
         ),
         ("batches", report.sampling.problem or f"as claimed ({report.sampling.claimed})"),
         ("data", f"{report.data}, {report.repetitions} repetition{'s' * (report.repetitions > 1)}"),
+        ("spends", report.spends),
         *(("note", note) for note in report.notes),
     ]
     if "membership" in document:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dptaft.cli.echo import echo
 from dptaft.cli.format import up
 
 if TYPE_CHECKING:
@@ -199,29 +200,25 @@ def _plot(plan: Plan, noise_multiplier: float, path: Path) -> None:
 
 
 def _print_summary(summary: Mapping[str, Any]) -> None:
-    click.echo(f"epsilon            {up(summary['epsilon'], 6)} at delta {summary['delta']:g}")
-    click.echo(f"adjacency          {summary['adjacency']}, released: {summary['released']}")
-    click.echo(f"bound              {summary['bound']}")
+    echo(f"epsilon            {up(summary['epsilon'], 6)} at delta {summary['delta']:g}")
+    echo(f"adjacency          {summary['adjacency']}, released: {summary['released']}")
+    echo(f"bound              {summary['bound']}")
     for name, value in summary["bounds"].items():
         if name != summary["bound"]:
-            click.echo(f"  beside it        {name}: {up(value, 6)}")
-    click.echo(f"noise multiplier   {up(summary['noise_multiplier'], 6)}")
-    click.echo(
-        f"noise std          {up(summary['noise_std_on_average_gradient'], 4)} on the average gradient"
-    )
+            echo(f"  beside it        {name}: {up(value, 6)}")
+    echo(f"noise multiplier   {up(summary['noise_multiplier'], 6)}")
+    echo(f"noise std          {up(summary['noise_std_on_average_gradient'], 4)} on the average gradient")
     if summary["mu"] is not None:
-        click.echo(f"mu                 {up(summary['mu'], 4)}")
+        echo(f"mu                 {up(summary['mu'], 4)}")
     rates = ", ".join(f"{up(tpr, 2)} at FPR {fpr}" for fpr, tpr in summary["tpr_at_fpr"].items())
-    click.echo(f"best attack        advantage {up(summary['advantage'], 3)}; TPR {rates}")
+    echo(f"best attack        advantage {up(summary['advantage'], 3)}; TPR {rates}")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    click.echo()
-    click.echo(
-        f"{'epsilon':>8} {'steps':>8} {'batch':>8} {'noise multiplier':>17} {'noise std (average)':>20}"
-    )
+    echo()
+    echo(f"{'epsilon':>8} {'steps':>8} {'batch':>8} {'noise multiplier':>17} {'noise std (average)':>20}")
     for row in rows:
-        click.echo(
+        echo(
             f"{row['epsilon']:>8g} {row['steps']:>8} {row['batch_size']:>8} "
             f"{up(row['noise_multiplier'], 5):>17} {up(row['noise_std_on_average_gradient'], 4):>20}"
         )
@@ -291,13 +288,13 @@ def budget(**options: Any) -> None:
         _plot(plan, noise, plot)
         result["plot"] = str(plot)
     if options["as_json"]:
-        click.echo(json.dumps(result, indent=2, allow_nan=False))
+        echo(json.dumps(result, indent=2, allow_nan=False))
         return
     _print_summary(result)
     if options["table"]:
         _print_table(result["what_if"])
     if plot is not None:
-        click.echo(f"plot               {plot}")
+        echo(f"plot               {plot}")
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from dptaft.cli.echo import echo
 from dptaft.cli.format import up
 
 _FOREIGN = ("noise_multiplier", "table", "plot", "convex", "regularization", "step_size", "diameter")
@@ -27,19 +28,17 @@ def certified_budget(options: Mapping[str, Any]) -> None:
         raise click.UsageError("--certified needs --epsilon")
     result = certified_summary(options)
     if options["as_json"]:
-        click.echo(json.dumps(result, indent=2, allow_nan=False))
+        echo(json.dumps(result, indent=2, allow_nan=False))
         return
     for line in result["reasons"]:
-        click.echo(f"plan               {line}")
-    click.echo(
-        f"epsilon            {up(result['epsilon'], 6)} at delta {result['delta']:g} ({result['bound']})"
-    )
+        echo(f"plan               {line}")
+    echo(f"epsilon            {up(result['epsilon'], 6)} at delta {result['delta']:g} ({result['bound']})")
     for name, value in result["bounds"].items():
         if name != result["bound"] and value is not None:
-            click.echo(f"  beside it        {name}: {up(value, 6)}")
-    click.echo(f"noise multiplier   {up(result['plan']['noise_multiplier'], 6)}")
+            echo(f"  beside it        {name}: {up(value, 6)}")
+    echo(f"noise multiplier   {up(result['plan']['noise_multiplier'], 6)}")
     longer = result["ten_times_the_steps"]
-    click.echo(
+    echo(
         f"{_MORE} x the steps      epsilon {up(longer['epsilon'], 6)}; by composition "
         f"{up(longer['epsilon_composition'], 6)}"
     )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from dptaft.cli.echo import echo
+
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -14,4 +16,4 @@ def clear_cache(folder: Path) -> None:
     from dptaft.feature_cache import remove_cache
 
     freed = remove_cache(folder)
-    click.echo(f"freed {freed / 2**20:.1f} MiB")
+    echo(f"freed {freed / 2**20:.1f} MiB")

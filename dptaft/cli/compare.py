@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dptaft.cli.echo import echo
+
 if TYPE_CHECKING:
     from dptaft.comparison import Comparison, Line, Total
 
@@ -25,7 +27,7 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
         if folders.count(folder) > 1:
             raise RunError(f"{path} is named twice; a run is released once")
     found = put_together([load_run(path) for path in runs])
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else table(found))
+    echo(json.dumps(found.to_dict(), indent=2) if as_json else table(found))
 
 
 def table(found: Comparison) -> str:

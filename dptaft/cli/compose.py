@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dptaft.cli.echo import echo
 from dptaft.cli.format import up
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def compose(
         disjoint=disjoint,
         evaluate_on=evaluate_on,
     )
-    click.echo(json.dumps(summary(run), indent=2) if as_json else table(run))
+    echo(json.dumps(summary(run), indent=2) if as_json else table(run))
 
 
 def _numbers(text: str) -> list[float]:

@@ -24,6 +24,9 @@ from typing import IO, Any, NoReturn
 
 import click
 
+from dptaft.cli.echo import echo
+from dptaft.report.text import plain
+
 CHECK_FAILED, REFUSED, OUTPUT_LOST, INTERNAL, INTERRUPTED, READER_GONE = 1, 2, 3, 70, 130, 141
 
 
@@ -77,7 +80,7 @@ def open_streams() -> None:
 def say(line: str) -> None:
     """One line on standard error; whoever does not listen must not stop the work."""
     with contextlib.suppress(OSError, ValueError):
-        click.echo(line, err=True)
+        echo(line, err=True)
 
 
 def reader_is_gone() -> bool:
@@ -101,24 +104,20 @@ def explained(error: Exception) -> click.ClickException:
     from dptaft.runs import OutputLostError
 
     if isinstance(error, OutputLostError):
-        return LostError(_one_line(error))
+        return LostError(plain(error))
     if _out_of_memory(error):
         return UserError(
             "out of memory; use a smaller --physical-batch-size, a --feature-cache, or a smaller model or "
             "--scope (a run that had begun goes on with the same --output and --resume)"
         )
     if isinstance(error, ValueError | OSError):
-        return UserError(_one_line(error) or type(error).__name__)
+        return UserError(plain(error) or type(error).__name__)
     where = _write_traceback(error)
     kept = "its traceback could not be written" if where is None else f"its traceback is in {where}"
     return InternalError(
         f"internal error ({type(error).__name__}), a fault of dptaft; {kept}; please report it (read the "
         "file first: it may name your data)"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -41,6 +41,6 @@ def _failed(error: RuntimeError) -> int:
         return 0
     if not isinstance(error, RankLostError):
         raise error
-    click.echo(str(error), err=True)
+    say(str(error))
     sys.stderr.flush()
     return 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dptaft.cli.echo import echo
 from dptaft.cli.format import up
 
 if TYPE_CHECKING:
@@ -76,11 +77,11 @@ def init(path: Path, as_json: bool, **options: Any) -> None:
     if options["data"] is None:
         made = Ledger.create(path)
         facts: dict[str, Any] = {"ledger": str(path), "id": made.id}
-        click.echo(json.dumps(facts, indent=2) if as_json else f"made the ledger {path} ({made.id})")
+        echo(json.dumps(facts, indent=2) if as_json else f"made the ledger {path} ({made.id})")
         return
     name, found = _register(path, options)
     account = found.account(name)
-    click.echo(json.dumps(_facts(account), indent=2) if as_json else "\n".join(_lines(account)))
+    echo(json.dumps(_facts(account), indent=2) if as_json else "\n".join(_lines(account)))
 
 
 def _check_init(options: dict[str, Any]) -> None:
@@ -143,12 +144,12 @@ def show(path: Path, as_json: bool) -> None:
     accounts = [found.account(name) for name in found.datasets()]
     if as_json:
         facts = {"ledger": str(path), "id": found.id, "head": found.head}
-        click.echo(json.dumps(facts | {"data_sets": [_facts(a) for a in accounts]}, indent=2))
+        echo(json.dumps(facts | {"data_sets": [_facts(a) for a in accounts]}, indent=2))
         return
     lines = [f"ledger {path} ({found.id}), head {found.head[:16]}"]
     for account in accounts:
         lines += ["", *_lines(account)]
-    click.echo("\n".join(lines))
+    echo("\n".join(lines))
 
 
 @ledger.command()
@@ -172,11 +173,11 @@ def verify(runs: tuple[Path, ...], path: Path, heads: tuple[str, ...], as_json: 
         problems = [f"{run}: {problem}" for run in checked for problem in _contradictions(run, path)]
     if as_json:
         facts = {"ledger": str(path), "verified": not problems, "runs": [str(run) for run in checked]}
-        click.echo(json.dumps(facts | {"problems": problems}, indent=2))
+        echo(json.dumps(facts | {"problems": problems}, indent=2))
     elif problems:
-        click.echo("\n".join(f"FAILED  {problem}" for problem in problems))
+        echo("\n".join(f"FAILED  {problem}" for problem in problems))
     else:
-        click.echo(f"ok  {path}: every row is intact; {_count(len(checked), 'statement')} checked")
+        echo(f"ok  {path}: every row is intact; {_count(len(checked), 'statement')} checked")
     if problems:
         raise SystemExit(1)
 
@@ -213,7 +214,7 @@ def export(path: Path, output: Path | None) -> None:
 
     text = json.dumps(Ledger(path).export(), indent=2)
     if output is None:
-        click.echo(text)
+        echo(text)
         return
     with output.open("x", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -231,7 +232,7 @@ def close(entry: str, path: Path, force: bool, as_json: bool) -> None:
     closed = Ledger(path).close(entry, insist=force)
     spent = f"epsilon {_short(closed.charge.epsilon)} at delta {float(closed.charge.delta):g} stays charged"
     words = "nothing was spent" if closed.state == "released" else spent
-    click.echo(json.dumps(_entry(closed), indent=2) if as_json else f"{closed.state}: {words}")
+    echo(json.dumps(_entry(closed), indent=2) if as_json else f"{closed.state}: {words}")
 
 
 def _facts(account: Account) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 
 import click
 
+from dptaft.cli.echo import echo
+
 
 @click.command()
 @click.argument("pattern", required=False)
@@ -37,15 +39,15 @@ def models(pattern: str | None, scope: str, num_classes: int, as_json: bool) -> 
     if not costs:
         raise BackboneError(next(iter(skipped.values())))
     for reason in skipped.values():
-        click.echo(f"skipped {reason}", err=True)
+        echo(f"skipped {reason}", err=True)
     if as_json:
-        click.echo(json.dumps([asdict(cost) for cost in costs], indent=2))
+        echo(json.dumps([asdict(cost) for cost in costs], indent=2))
         return
-    click.echo(
+    echo(
         f"{'model':<34} {'pixels':>6} {'weights':>9} {'trained':>9} {'cache/image':>12} {'ms/image':>9}  path"
     )
     for c in costs:
-        click.echo(
+        echo(
             f"{c.name:<34} {c.image_size:>6} {c.parameters / 1e6:>8.1f}M {c.trained / 1e6:>8.2f}M "
             f"{c.feature_bytes / 1024:>8.0f} KiB {1e3 * c.feature_seconds:>9.1f}  {c.path}"
         )

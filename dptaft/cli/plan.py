@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dptaft.cli.echo import echo
 from dptaft.cli.format import up
 from dptaft.cli.train import train
 
@@ -85,7 +86,7 @@ def plan(as_json: bool, **options: Any) -> None:
     if (options["records"] is None) == (options["data"] is None):
         raise click.UsageError("give one of --records and --data, for example --records 1000000")
     found = _estimate(options)
-    click.echo(json.dumps(found.plain(), indent=2, allow_nan=False) if as_json else table(found))
+    echo(json.dumps(found.plain(), indent=2, allow_nan=False) if as_json else table(found))
 
 
 def _estimate(options: dict[str, Any]) -> Estimate:

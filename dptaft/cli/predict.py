@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from dptaft.cli.echo import echo
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -20,7 +22,7 @@ def predict(run: Path, images: tuple[Path, ...], as_json: bool) -> None:
     pairs = list(zip(images, predictions, strict=True))
     if as_json:
         rows = [{"image": str(path), "label": p.label, "scores": dict(p.scores)} for path, p in pairs]
-        click.echo(json.dumps(rows, indent=2))
+        echo(json.dumps(rows, indent=2))
         return
     for path, prediction in pairs:
-        click.echo(f"{path}\t{prediction.label}\t{prediction.scores[prediction.label]:.4f}")
+        echo(f"{path}\t{prediction.label}\t{prediction.scores[prediction.label]:.4f}")

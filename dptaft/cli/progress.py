@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from dptaft.report.text import plain
+
 _PATIENCE_S = 2.0
 
 
@@ -36,7 +38,7 @@ class Bars(AbstractContextManager["Bars"]):
             self._finish()
             self._stage, self._since = stage, time.monotonic()
         if self._bar is None and time.monotonic() - self._since > _PATIENCE_S:
-            self._bar, self._shown = click.progressbar(length=total, label=stage, file=sys.stderr), 0
+            self._bar, self._shown = click.progressbar(length=total, label=plain(stage), file=sys.stderr), 0
             self._bar.__enter__()
         if self._bar is not None:
             self._bar.update(done - self._shown)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from dptaft.cli.compose import summary, table
+from dptaft.cli.echo import echo
 
 
 @click.command()
@@ -77,9 +78,9 @@ def remove(
                     progress=bars,
                 )
         except TrainingInterruptedError as stop:
-            click.echo(str(stop), err=True)
+            echo(str(stop), err=True)
             raise SystemExit(130) from None
-    click.echo(json.dumps(summary(made), indent=2) if as_json else table(made))
+    echo(json.dumps(summary(made), indent=2) if as_json else table(made))
 
 
 def _load(spec: str, classes: str | None) -> Any:

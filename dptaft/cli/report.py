@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dptaft.cli.echo import echo
+
 if TYPE_CHECKING:
     from dptaft.runs import Run
 
@@ -31,10 +33,10 @@ def report(run: Path, kind: str, output: Path | None) -> None:
 
     text = _render(kind)(load_run(run))
     if output is None:
-        click.echo(text, nl=False)
+        echo(text, nl=False)
     else:
         output.write_text(text, encoding="utf-8")
-        click.echo(f"wrote {output}")
+        echo(f"wrote {output}")
 
 
 def _render(kind: str) -> Callable[[Run], str]:

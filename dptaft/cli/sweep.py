@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dptaft.cli.backend import backend_options, chosen_backend
+from dptaft.cli.echo import echo
 
 if TYPE_CHECKING:
     from dptaft.backends import BackendConfig
@@ -44,10 +45,10 @@ def sweep(
     backend = chosen_backend(where, loaded.backend)
     if dry_run:
         found = _dry(loaded)
-        click.echo(json.dumps(found, indent=2) if as_json else _plan_table(found))
+        echo(json.dumps(found, indent=2) if as_json else _plan_table(found))
         return
     content = _run(loaded, output or Path("runs") / f"sweep-{loaded.name}", backend)
-    click.echo(json.dumps(content, indent=2) if as_json else _table(content))
+    echo(json.dumps(content, indent=2) if as_json else _table(content))
     if content["failed"]:
         raise SystemExit(1)
 
@@ -62,8 +63,8 @@ def _run(recipe: Recipe, folder: Path, backend: BackendConfig) -> dict[str, Any]
     def report(done: int, total: int, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             if outcome.error is not None:
-                click.echo(f"failed: {outcome.point}: {outcome.error}", err=True)
-        click.echo(f"{done} of {total} points", err=True)
+                echo(f"failed: {outcome.point}: {outcome.error}", err=True)
+        echo(f"{done} of {total} points", err=True)
 
     try:
         with Bars() as bars:
@@ -75,7 +76,7 @@ def _run(recipe: Recipe, folder: Path, backend: BackendConfig) -> dict[str, Any]
                 content = write_results(recipe, result)
                 return {"folder": str(folder), **content}
     except TrainingInterruptedError:
-        click.echo(f"stopped; the same command with --output {folder} goes on", err=True)
+        echo(f"stopped; the same command with --output {folder} goes on", err=True)
         raise SystemExit(130) from None
     return {"folder": str(folder), **json.loads((folder / "summary.json").read_text())}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dptaft.cli.backend import backend_options, chosen_backend
+from dptaft.cli.echo import echo
 from dptaft.cli.format import up
 
 if TYPE_CHECKING:
@@ -195,14 +196,14 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
 
                 require_one_process("training of shards")
                 options |= {"backend": backend, "as_json": as_json}
-                click.echo(train_parts(shards, optimizer, **common, **options))
+                echo(train_parts(shards, optimizer, **common, **options))
                 return
             run = dptaft.train(optimizer=optimizer, **common, **options)
     except TrainingInterruptedError as stop:
-        click.echo(str(stop), err=True)
+        echo(str(stop), err=True)
         raise SystemExit(130) from None
     except RankLostError as lost:
-        click.echo(str(lost), err=True)
+        echo(str(lost), err=True)
         raise SystemExit(1) from None
     _show(run, as_json)
 
@@ -210,7 +211,7 @@ def train(classes: str | None, as_json: bool, **options: Any) -> None:
 def _show(run: Run, as_json: bool) -> None:
     """Print the facts of a run; where that fails the run is there all the same."""
     try:
-        click.echo(json.dumps(summary(run), indent=2) if as_json else table(run))
+        echo(json.dumps(summary(run), indent=2) if as_json else table(run))
     except BrokenPipeError:
         raise
     except OSError as error:

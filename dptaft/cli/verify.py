@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dptaft.cli.echo import echo
 from dptaft.cli.format import up
 from dptaft.report.text import plain
 
@@ -39,7 +40,7 @@ def verify(
     from dptaft.verification import verify as check
 
     found = check(path, policy=_policy(policy_file, max_epsilon, at_delta), ledger=ledger)
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else table(found))
+    echo(json.dumps(found.to_dict(), indent=2) if as_json else table(found))
     if not found.passed:
         raise SystemExit(1)
 

@@ -13,7 +13,7 @@ from dptaft.report.text import markdown, plain, up
 
 def render_json(facts: Facts) -> str:
     """All facts and curves as one JSON object."""
-    return json.dumps(asdict(facts), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(asdict(facts), indent=2, allow_nan=False) + "\n"
 
 
 def render_markdown(facts: Facts) -> str:

@@ -12,7 +12,22 @@ import unicodedata
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
 
+_STEERING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~&!$^])")
+
+
+def printable(value: Any) -> str:
+    r"""Text for a terminal: line breaks and tabs stay, everything else that could steer it is replaced.
+
+    Control characters (escape sequences), formatting characters (bidirectional overrides), unpaired
+    surrogates, private and unassigned code points become U+FFFD.
+
+    >>> printable("a" + chr(27) + "[31mb" + chr(0x202E) + chr(10) + "c")
+    'a\ufffd[31mb\ufffd\nc'
+    """
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in _STEERING else "\ufffd" for c in str(value)
+    )
 
 
 def plain(value: Any, *, spaces: bool = False) -> str:
@@ -26,10 +41,7 @@ def plain(value: Any, *, spaces: bool = False) -> str:
     'a\ufffd[31mb c'
     """
     blank = r"[\t\n\r\f\v\u2028\u2029]+" if spaces else r"[ \t\n\r\f\v\u2028\u2029]+"
-    words = re.sub(blank, " ", str(value)).strip()
-    return "".join(
-        "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") else c for c in words
-    )
+    return printable(re.sub(blank, " ", str(value)).strip())
 
 
 def markdown(value: Any) -> str:

@@ -23,7 +23,8 @@ from dptaft.runs import (
     write_no_claim,
     write_statement,
 )
-from dptaft.shards.claim import composed_statement
+from dptaft.said import record_digest
+from dptaft.shards.claim import composed_statement, mechanism_of
 from dptaft.shards.collection import is_collection
 from dptaft.shards.parts import Part, gather
 from dptaft.shards.records import write_trail
@@ -154,6 +155,8 @@ def _entry(part: Part, output: Path) -> dict[str, Any]:
     entry = {"id": part.run.id, "run": part.run.path.name, "path": where, "factor": part.factor}
     if statement is not None:
         entry["weights_sha256"] = statement.admin["files"][WEIGHTS]
+        entry["record_sha256"] = record_digest(mechanism_of(statement).to_dict())
+        entry |= {name: statement.claim[name] for name in ("epsilon", "delta")}
     if part.shard is not None:
         entry |= {"partition": part.partition, "shard": part.shard}
     return entry

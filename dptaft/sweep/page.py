@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dptaft.report.text import escaped, printable
+from dptaft.report.text import markdown as quoted
 from dptaft.sweep.results import Row
 
 _HEAD = ("method", "epsilon", "accuracy", "without privacy", "lost")
@@ -60,43 +61,48 @@ def by_data(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def markdown(content: Mapping[str, Any], rows: Sequence[Row], picture: str | None) -> str:
     """The summary as Markdown."""
-    lines = [f"# {content['title']}", ""]
+    lines = [f"# {quoted(content['title'])}", ""]
     lines += [content["shows"], ""] if content["shows"] else []
     lines += [f"![accuracy over epsilon]({picture})", ""] if picture else []
     lines += [content["privacy"], ""]
     for name, part in by_data(rows).items():
-        lines += [f"## {name}", "", f"| {' | '.join(_HEAD)} |", "|:--" + "|--:" * (len(_HEAD) - 1) + "|"]
-        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells(row))} |" for row in part] + [""]
+        lines += [
+            f"## {quoted(name)}",
+            "",
+            f"| {' | '.join(_HEAD)} |",
+            "|:--" + "|--:" * (len(_HEAD) - 1) + "|",
+        ]
+        lines += [f"| {' | '.join(map(quoted, cells(row)))} |" for row in part] + [""]
     if content["failed"]:
         lines += ["## Points without a result", ""]
-        lines += [f"- `{point}`: {error}" for point, error in content["failed"].items()] + [""]
-    return "\n".join([*lines, _foot(content)]) + "\n"
+        lines += [f"- {quoted(point)}: {quoted(error)}" for point, error in content["failed"].items()] + [""]
+    return printable("\n".join([*lines, _foot(content)]) + "\n")
 
 
 def page(content: Mapping[str, Any], rows: Sequence[Row], svg: str | None) -> str:
     """The summary as one self-contained HTML page."""
-    title = html.escape(content["title"])
+    title = escaped(content["title"])
     parts = [
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
         f"<h1>{title}</h1>",
-        f"<p>{html.escape(content['shows'])}</p>" if content["shows"] else "",
+        f"<p>{escaped(content['shows'])}</p>" if content["shows"] else "",
         svg[svg.index("<svg") :] if svg else "",
-        f'<p class="note">{html.escape(content["privacy"])}</p>',
+        f'<p class="note">{escaped(content["privacy"])}</p>',
     ]
     for name, part in by_data(rows).items():
         head = "".join(f"<th>{text}</th>" for text in _HEAD)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>" for row in part
+            "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in cells(row)) + "</tr>" for row in part
         )
         parts.append(
-            f"<h2>{html.escape(name)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"<h2>{escaped(name)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         )
     for point, error in content["failed"].items():
-        parts.append(f'<p class="note failed">{html.escape(point)}: {html.escape(error)}</p>')
+        parts.append(f'<p class="note failed">{escaped(point)}: {escaped(error)}</p>')
     return (
-        "\n".join([*(part for part in parts if part), f"<p>{html.escape(_foot(content))}</p></body></html>"])
+        "\n".join([*(part for part in parts if part), f"<p>{escaped(_foot(content))}</p></body></html>"])
         + "\n"
     )
 

@@ -44,7 +44,7 @@ from dptaft_accounting import (
     Mechanism,
     epsilon_to_mu,
 )
-from dptaft_accounting.convexity import LossConstants
+from dptaft_accounting.convexity import LossConstants, certified_name, trained_constants
 from dptaft_accounting.errors import CertificateError
 
 LOGIT_NOISE = 0.35
@@ -135,22 +135,28 @@ class Design:
 
 
 def loss_constants(loss: Loss, num_classes: int) -> LossConstants:
-    """Constants of a loss on logits.
+    """Constants of a loss on logits, as `verify` knows them without its formula.
 
     Raises:
-        CertificateError: its gradient is unbounded.
+        CertificateError: the loss has no constants, or others than its own bounds.
 
     Example:
         >>> from dptaft.training.losses import CrossEntropy
         >>> loss_constants(CrossEntropy(), 10).curvature
         0.5
     """
-    gradient = loss.cotangent_bound(num_classes)
-    if not math.isfinite(gradient):
-        raise CertificateError(
-            f"gradients of the loss {loss.name} are unbounded; use cross-entropy or huber-square"
-        )
-    return LossConstants(gradient, loss.smoothness(num_classes), scalar=False)
+    found = trained_constants(loss.name, num_classes)
+    if found is None:
+        raise CertificateError(f"the loss {loss.name} has the name of another one; rename it")
+    for name, own, known in (
+        ("gradient", loss.cotangent_bound(num_classes), found.gradient),
+        ("curvature", loss.smoothness(num_classes), found.curvature),
+    ):
+        if own > known * (1.0 + 2.0**-40):
+            raise CertificateError(
+                f"the {name} of the loss {loss.name} may reach {own:g}, its certificates say {known:g}"
+            )
+    return found
 
 
 def design(
@@ -233,7 +239,7 @@ def design(
             f"use at least {least:.6g}, or leave it out"
         )
     found = Design(
-        loss=_certified_name(loss),
+        loss=certified_name(loss.name),
         constants=constants,
         regularization=lam,
         step_size=eta,
@@ -282,7 +288,3 @@ def _regularization(
         f"(standard deviation) at mu {mu:.4g}"
     )
     return best
-
-
-def _certified_name(loss: Loss) -> str:
-    return "multinomial-logistic" if loss.name == "cross-entropy" else loss.name

@@ -1,10 +1,10 @@
 """Checkpoints that keep the privacy account right: killed runs are resumed, repeated steps are charged.
 
-Two files in one private folder. ``progress.json`` lists the step ranges that were authorised, written durably
-before any of their steps runs. ``checkpoint.safetensors`` holds weights and optimiser state, with the
-completed steps and the fingerprint of configuration and data in its header. Both are replaced
-atomically. No random state is stored: a resumed run draws fresh noise, so the same noise never
-meets another batch.
+Three files in one private folder. ``progress.json`` lists the step ranges that were authorised, written
+durably before any of their steps runs; ``authorised.json`` lists them again, so that an edit of one file
+hides no step. ``checkpoint.safetensors`` holds weights and optimiser state, with the completed steps and the
+fingerprint of configuration and data in its header. All are replaced atomically. No random state is stored:
+a resumed run draws fresh noise, so the same noise never meets another batch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dptaft.storage import draft_file
+from dptaft.training.marks import COPY, PROGRESS, read_ranges
 from dptaft.training.noise import InsecureSeededNoise, NoiseSource
 from dptaft.training.optimizers import IterateAverage, PrivateOptimizer
 from dptaft.training.sampling import Sampler
@@ -185,7 +186,7 @@ class Checkpointer:
 
     def remove(self) -> None:
         """Delete the files of a run that is complete."""
-        for name in ("checkpoint.safetensors", "progress.json", "lock"):
+        for name in ("checkpoint.safetensors", PROGRESS, COPY, "lock"):
             (self.folder / name).unlink(missing_ok=True)
         self.close()
         with contextlib.suppress(OSError):
@@ -198,21 +199,22 @@ class Checkpointer:
             "authorised": self._authorised,
             "processes": self.processes,
         }
-        write_atomically(self.folder / "progress.json", json.dumps(content).encode())
+        write_atomically(self.folder / COPY, json.dumps(self._authorised).encode())
+        write_atomically(self.folder / PROGRESS, json.dumps(content).encode())
 
     def _read_progress(self) -> list[tuple[int, int]]:
-        path = self.folder / "progress.json"
+        path = self.folder / PROGRESS
         if not path.exists():
-            if (self.folder / "checkpoint.safetensors").exists():
+            if any((self.folder / name).exists() for name in ("checkpoint.safetensors", COPY)):
                 raise ResumeError(f"{path} is missing, so the steps to charge are unknown; start a new run")
             return []
         try:
             content = json.loads(path.read_text())
-            authorised = [(int(start), int(stop)) for start, stop in content["authorised"]]
+            authorised = read_ranges(self.folder, content["authorised"])
             self.processes = max(self.processes, int(content.get("processes", 1)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ResumeError(
-                f"{path} is damaged, so the steps to charge are unknown; start a new run"
+                f"{path} is damaged ({error}), so the steps to charge are unknown; start a new run"
             ) from error
         self._check_fingerprint(content)
         return authorised

@@ -24,6 +24,7 @@ SEEDED = (
     "noise and sampling were seeded (--insecure-seed): whoever knows the seed can undo them, "
     "so no privacy is claimed and no budget is charged"
 )
+UNIT = "one training record"
 _BOUNDED = "none acts: unit Jacobians keep every gradient below the clip norm"
 NOISELESS = "epsilon is infinite: a non-private baseline without noise; no budget is charged"
 
@@ -66,7 +67,7 @@ def build_statement(
         plan.delta,
         certificate=certificate,
         cross_check=cross_check,
-        unit="one training record",
+        unit=UNIT,
         claim=_claim(data, request, plan, backbone, certificate, processes),
         details=_details(request, plan, optimizer, trained),
         composition=_composition(request) | dict(charged),
@@ -92,7 +93,7 @@ def build_one_shot_statement(
         plan.mechanism(),
         plan.delta,
         cross_check=cross_check,
-        unit="one training record",
+        unit=UNIT,
         claim=_claim(data, request, plan, backbone, None),
         details=_one_shot_details(request, plan),
         composition=_composition(request) | dict(charged),
@@ -141,7 +142,7 @@ def _claim(
             f"backbone {backbone['name']} ({backbone['source']}) and its normalisation constants",
             f"number of classes: {len(data.classes)}",
         ],
-        "data_accesses": data_accesses(data, request, tuned=bool(_chosen(request))),
+        "data_accesses": data_accesses(data, request, tuned=bool(chosen(request))),
         "assumptions": assumptions(data, request, plan, backbone, certificate, processes),
     }
 
@@ -149,10 +150,10 @@ def _claim(
 def _caveats(data: ImageData, request: Request) -> list[str]:
     """What a reader of the claim must know, one line each."""
     found = []
-    chosen = _chosen(request)
-    if chosen:
+    given = chosen(request)
+    if given:
         found.append(
-            f"given by the user: {', '.join(chosen)}; trying several values on these records costs privacy "
+            f"given by the user: {', '.join(given)}; trying several values on these records costs privacy "
             "that is not accounted here"
         )
     if data.skips_corrupt:
@@ -173,7 +174,7 @@ def _unrecorded(charged: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _chosen(request: Request) -> list[str]:
+def chosen(request: Request) -> list[str]:
     """Names of all settings that differ from the public defaults."""
     privacy = [
         name
@@ -186,6 +187,11 @@ def _chosen(request: Request) -> list[str]:
     chosen = {name for name, value in asdict(request.model).items() if value != default[name]}
     model = sorted(chosen - {"unit_jacobian"})  # a part of certified training
     return privacy + model + sorted(request.optimizer)
+
+
+def clipping_of(request: Request) -> str:
+    """What bounds one record's gradient, in words."""
+    return _BOUNDED if request.privacy.certified else "exact joint L2 norm of every record's gradient"
 
 
 def _details(
@@ -202,9 +208,7 @@ def _details(
         dimension=trained.dimension,
     )
     return {
-        "clipping": _BOUNDED
-        if request.privacy.certified
-        else "exact joint L2 norm of every record's gradient",
+        "clipping": clipping_of(request),
         "l2_clip_norm": trained.l2_clip_norm,
         "noise_std": least_noise,
         "sensitivity": sensitivity,
@@ -228,11 +232,11 @@ def _details(
 
 
 def _composition(request: Request) -> dict[str, Any]:
-    chosen = _chosen(request)
+    given = chosen(request)
     return {
-        "hyperparameter_choice": "given by the user" if chosen else "public defaults",
+        "hyperparameter_choice": "given by the user" if given else "public defaults",
         "hyperparameter_cost": "not accounted: trying several values on the same data costs privacy"
-        if chosen
+        if given
         else "none: fixed before the data was read",
     }
 

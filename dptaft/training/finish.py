@@ -31,6 +31,7 @@ from dptaft.runs import (
     write_statement,
 )
 from dptaft.training.describe import build_one_shot_statement, build_statement, no_claim
+from dptaft.training.facts import facts_of_one_shot, facts_of_steps
 from dptaft.training.plan import Request, delta_warning, plain
 from dptaft.training.preparation import Prepared, PreparedOneShot
 from dptaft.training.steps import Trained
@@ -101,6 +102,7 @@ def write_run(
     tables: dict[str, Mapping[str, Any]] = {
         "optimizer": plain(prepared.optimizer),
         "processes": {"count": trained.processes},
+        "training": facts_of_steps(data, request, prepared, trained),
         **(sections or {}),
     }
     found = write_files(folder, name, data, request, prepared, trained.weights, metrics, tables)
@@ -136,7 +138,10 @@ def write_one_shot_run(
 ) -> None:
     """`write_run` for a run without steps."""
     plan = prepared.plan
-    tables = {"optimizer": {"kind": plan.method, "l2_regularization": plan.regularization}}
+    tables = {
+        "optimizer": {"kind": plan.method, "l2_regularization": plan.regularization},
+        "training": facts_of_one_shot(data, request, plan),
+    }
     found = write_files(folder, name, data, request, prepared, trained.weights, metrics, tables)
     if found.no_claim:
         return

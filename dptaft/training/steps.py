@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from dptaft.learner import Cached, Progress
 from dptaft.training.account import Account
-from dptaft.training.checkpoint import Checkpointer, GracefulStop, check_resumable, data_fingerprint
+from dptaft.training.checkpoint import (
+    Checkpointer,
+    GracefulStop,
+    ResumeError,
+    check_resumable,
+    data_fingerprint,
+)
 from dptaft.training.clipping import ClippedSum, require_finite_start
+from dptaft.training.marks import PROGRESS
 from dptaft.training.optimizers import IterateAverage, build_optimizer
 from dptaft.training.plan import PlanError, Request, plain
 from dptaft.training.preparation import Prepared
@@ -106,6 +113,7 @@ class RunState:
         fingerprint = _fingerprint(prepared, request, cached, labels)
         self._checkpointer = Checkpointer(partial, fingerprint, processes)
         try:
+            self._check_ranges(partial)
             self.done = self._checkpointer.restore(parameters, self.private, self._average)
             self._last = plan.last_step(self.done, self._charged())
             if self._last == 0:
@@ -179,6 +187,15 @@ class RunState:
             self._checkpointer.close()
         else:
             self._checkpointer.remove()
+
+    def _check_ranges(self, partial: Path) -> None:
+        last = max((stop for _, stop in self._checkpointer.progress.authorised), default=0)
+        planned = self.prepared.plan.steps
+        if last > planned:
+            raise ResumeError(
+                f"{partial / PROGRESS} is damaged (it lists steps up to {last}, {planned} are planned), so "
+                "the steps to charge are unknown; start a new run"
+            )
 
     def _charged(self) -> tuple[int, ...]:
         """Numbers of all steps that may have touched the data, repeated ones again."""

@@ -220,7 +220,11 @@ def test_synthetic_records_replace_private_ones(trained, data):
 def test_attaching_changes_no_file_of_the_run(trained, data):
     run = trained()
     before = {path.name: path.read_bytes() for path in run.path.iterdir()}
-    report = dptaft.audit(run.path, data=data, count=50, repetitions=1)
+    with pytest.raises(ValueError, match="attach one of public data"):
+        dptaft.audit(run.path, data=data, count=50, repetitions=1).attach()
+    with pytest.raises(ValueError, match="attach one of public data"):
+        dptaft.audit(run.path, data="synthetic", canaries="images", canary_images=data, attach=True)
+    report = dptaft.audit(run.path, data="synthetic", count=50, repetitions=1)
     written = report.attach()
     assert written.name == "audit.json"
     document = json.loads(written.read_text())

@@ -153,6 +153,76 @@ def test_damaged_files_are_refused(tmp_path, name, damage):
         Checkpointer(tmp_path, CONFIG)
 
 
+def lose_a_step(folder):
+    """Ten steps, of which the last three are lost in a crash and run again by another process."""
+    state = make()
+    one = Checkpointer(folder, CONFIG)
+    one.authorise(0, 7)
+    advance(state, 0, 7)
+    one.save(7, *state)
+    one.authorise(7, 10)
+    one.close()
+    two = Checkpointer(folder, CONFIG)
+    two.authorise(7, 10)
+    two.close()
+    assert two.progress.charged_steps == 13
+
+
+@pytest.mark.parametrize("listed", [[[0, 7], [7, 10]], [[0, 7]], [[0, 1]], []])
+def test_a_lost_step_cannot_be_hidden_by_editing_the_progress_alone(tmp_path, listed):
+    lose_a_step(tmp_path)
+    path = tmp_path / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"authorised": listed}))
+    three = Checkpointer(tmp_path, CONFIG)
+    assert three.progress.charged_steps == 13
+    three.close()
+
+
+def test_neither_file_alone_can_be_taken_away_and_older_runs_have_one(tmp_path):
+    lose_a_step(tmp_path)
+    progress, copy = tmp_path / "progress.json", tmp_path / "authorised.json"
+    kept = progress.read_text()
+    progress.unlink()
+    (tmp_path / "checkpoint.safetensors").unlink()
+    with pytest.raises(ResumeError, match="missing"):
+        Checkpointer(tmp_path, CONFIG)
+    progress.write_text(kept)
+    copy.write_text("[[0, 7]]")
+    for _ in range(2):
+        again = Checkpointer(tmp_path, CONFIG)
+        assert again.progress.charged_steps == 13
+        again.close()
+        copy.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        [[0, 7], [9, 10]],
+        [[5, 7]],
+        [[-1, 7]],
+        [[7, 0]],
+        [[0, 0]],
+        [[0, 1.5]],
+        [[0, True]],
+        [[0]],
+        [0],
+        {"0": 1},
+        None,
+        "x",
+    ],
+)
+@pytest.mark.parametrize("name", ["progress.json", "authorised.json"])
+def test_ranges_that_cannot_be_are_damage(tmp_path, listed, name):
+    lose_a_step(tmp_path)
+    path = tmp_path / name
+    content = json.loads(path.read_text()) | {"authorised": listed} if name == "progress.json" else listed
+    path.write_text(json.dumps(content))
+    with pytest.raises(ResumeError, match="damaged") as error:
+        Checkpointer(tmp_path, CONFIG)
+    assert "\n" not in str(error.value)
+
+
 def test_only_one_process_at_a_time(tmp_path):
     one = Checkpointer(tmp_path, CONFIG)
     with pytest.raises(ResumeError, match="another process"):
