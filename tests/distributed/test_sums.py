@@ -3,8 +3,8 @@ import rank_tasks
 import torch
 from ranks import succeeded, together
 
-from dptaft.budgeting import content_digest
 from dptaft.distributed.blocks import own_range
+from dptaft.identity import content_digest
 from dptaft.training.plan import Sampling
 
 FULL = Sampling("full-batch")
