@@ -123,8 +123,8 @@ def open_ledger(path: Path) -> Ledger:
         if lost is not None:
             raise LedgerError(
                 f"there is no ledger {path}, and the run {lost[0]} beside it is charged to the ledger "
-                f"{lost[1]}: restore that one, name it with --ledger, or start a new account that knows nothing of the "
-                f"earlier runs with `dptaft ledger init --ledger {path}`"
+                f"{lost[1]}: restore that one, name it with --ledger, or start a new account that knows "
+                f"nothing of the earlier runs with `dptaft ledger init --ledger {path}`"
             )
         try:
             return Ledger.create(path)
@@ -161,7 +161,7 @@ def enrol(
         name: for a new data set.
         records: reads `dptaft.identity.Identity.records`; asked only where the ledger lacks them.
     """
-    before = set(ledger.datasets())
+    is_new = ledger.find(content) is None
     limited = [known for known in ledger.datasets() if ledger.account(known).budget is not None]
     marks = () if records is None or ledger.knows_records(content) else records()
     found = ledger.register(content, name, records=marks)
@@ -171,15 +171,15 @@ def enrol(
         warnings.warn(
             f"{found!r} shares records with {others}: the run is charged to all of them", stacklevel=2
         )
-    elif found not in before and limited:
+    elif is_new and limited and found not in limited:
         old = [known for known in limited if known in ledger.unmarked()]
         reason = (
             f"the records of {old[0]!r} are not known yet, so that shared ones cannot be told: run `dptaft "
             f"ledger init --ledger {ledger.path} --data ...` with its data once"
             if old
             else f"it shares no record with {', '.join(map(repr, limited))}; where it holds the same "
-            f"people's records in another form, stop and run `dptaft ledger init --ledger {ledger.path} --version-of "
-            f"{limited[0]} --data ...`"
+            f"people's records in another form, stop and run `dptaft ledger init --ledger "
+            f"{ledger.path} --version-of {limited[0]} --data ...`"
         )
         warnings.warn(
             f"{ledger.path} has budgets and does not know this data: {found!r} is charged without a limit; "

@@ -174,8 +174,8 @@ class Ledger:
 
         A known content keeps its name, and so does one whose records all belong to one known data set:
         labels, class names, order and files do not matter. Content with some records of other data sets is
-        charged to all of them. Another content under a known name becomes a version of the same data set, which shares
-        its budget: at once while no budget is declared, else only with `version_of`.
+        charged to all of them. Another content under a known name becomes a version of the same data set,
+        which shares its budget: at once while no budget is declared, else only with `version_of`.
 
         Args:
             content: digest of labels and pixels.

@@ -2,9 +2,9 @@
 
 A mark is the first eight bytes of HMAC-SHA256 of a record's digest under the ledger's key. The marks of a
 content lie beside the chain, sorted and without repetition; a row of the chain names their SHA-256. Without
-the key they tell nothing of the records. Two different records have one mark with probability 2^-64: among 10^6
-records of one set and 10^6 of another some pair does with probability at most 5.5e-8, and then too much is
-charged, never too little.
+the key they tell nothing of the records. Two different records have one mark with probability 2^-64: among
+10^6 records of one set and 10^6 of another some pair does with probability at most 5.5e-8, and then too much
+is charged, never too little.
 """
 
 from __future__ import annotations

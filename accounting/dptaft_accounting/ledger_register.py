@@ -45,8 +45,10 @@ class Registration:
         marks = self.marks if new_marks else b""
         stored = {f: read_marks(connection, digest) for f, digest in state.marks.items()} if marks else {}
         if known is None:
-            own = self.name if self.version_of else _holder(state, stored, marks) or self.name
-            self._require_free(state, own, self.version_of or own != self.name)
+            own = self.name if self.version_of else _holder(state, stored, marks)
+            if own is None:
+                own = self.name
+                self._require_free(state, own)
             yield {"kind": "data-set", "dataset": own, "fingerprint": self.fingerprint}
         if marks:
             meets = sorted(other for other, found in stored.items() if do_meet(marks, found))
@@ -59,9 +61,9 @@ class Registration:
             if budget is not None:
                 require_room(state, self.name, budget)
 
-    def _require_free(self, state: State, name: str, is_version: bool) -> None:
+    def _require_free(self, state: State, name: str) -> None:
         holder = state.datasets.get(name)
-        if holder is not None and holder.budget is not None and not is_version:
+        if holder is not None and holder.budget is not None:
             raise LedgerError(
                 f"the data set {name!r} has a budget and other content; where records persist, declare a "
                 f"new version that shares it (`dptaft ledger init --ledger {self.path} "
