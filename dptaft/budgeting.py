@@ -166,7 +166,7 @@ def enrol(
     marks = () if records is None or ledger.knows_records(content) else records()
     found = ledger.register(content, name, records=marks)
     near = ledger.near(content)
-    if len(near) > 1:
+    if set(near[1:]) & set(limited):
         others = ", ".join(repr(other) for other in near[1:])
         warnings.warn(
             f"{found!r} shares records with {others}: the run is charged to all of them", stacklevel=2

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dptaft.data import ImageData, Split
-from dptaft.data.pixels import Subset
 from dptaft.learner import Progress
 
 _LEVELS = 65535
@@ -35,8 +34,8 @@ class Identity:
 def identify(data: ImageData, progress: Progress | None = None) -> Identity:
     """Read every record once.
 
-    Where the evaluation images were held out of the same source, they count among the records: another
-    hold-out of the same images is the same data. Evaluation images of their own are left out.
+    Images that were held out of the records by rule count among them: another hold-out of the same images is
+    the same data. Evaluation images of their own are left out.
     """
     pairs = list(record_pairs(data.train, progress))
     marks = [mark for _, mark in pairs if mark is not None]
@@ -50,13 +49,13 @@ def record_marks(data: ImageData) -> tuple[bytes, ...]:
 
 
 def held_out_marks(data: ImageData, held_out: Split | None = None) -> tuple[bytes, ...]:
-    """Marks of the evaluation images that come from the source of the training records.
+    """Marks of the evaluation images that were held out of the records by rule.
 
     Args:
         data: all images.
         held_out: those of the evaluation images to read; None reads all.
     """
-    if data.evaluation is None or _source(data.evaluation) is not _source(data.train):
+    if data.evaluation is None or not data.held_out:
         return ()
     split = data.evaluation if held_out is None else held_out
     found = (record_mark(split.pixels[i]) for i in range(len(split)))
@@ -66,7 +65,7 @@ def held_out_marks(data: ImageData, held_out: Split | None = None) -> tuple[byte
 def record_pairs(split: Split, progress: Progress | None = None) -> Iterator[tuple[bytes, bytes | None]]:
     """For every record in order: SHA-256 over label and pixels, and `record_mark`."""
     for label, pixels in _read(split, progress):
-        yield _digest(label, pixels), record_mark(pixels)
+        yield digest_of_record(label, pixels), record_mark(pixels)
 
 
 def content_digest(split: Split, progress: Progress | None = None) -> str:
@@ -79,18 +78,20 @@ def content_digest(split: Split, progress: Progress | None = None) -> str:
 
 def record_digests(split: Split, progress: Progress | None = None) -> list[bytes]:
     """SHA-256 over label and pixels of every record, in order; as private as the records."""
-    return [_digest(label, pixels) for label, pixels in _read(split, progress)]
+    return [digest_of_record(label, pixels) for label, pixels in _read(split, progress)]
 
 
 def _read(split: Split, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
     labels = split.labels.tolist()
     for i, label in enumerate(labels):
-        yield label, split.pixels[i].contiguous()
+        yield label, split.pixels[i]
         if progress is not None:
             progress("identifying the data", i + 1, len(labels))
 
 
-def _digest(label: int, pixels: Tensor) -> bytes:
+def digest_of_record(label: int, pixels: Tensor) -> bytes:
+    """SHA-256 over label and pixels (channels, height, width) of one record."""
+    pixels = pixels.contiguous()
     record = hashlib.sha256(f"{label} {pixels.dtype} {tuple(pixels.shape)}\n".encode())
     record.update(pixels.numpy().tobytes())
     return record.digest()
@@ -119,11 +120,3 @@ def record_mark(image: Tensor) -> bytes | None:
 def content_of(records: Iterable[bytes]) -> str:
     """`content_digest` of records with these digests."""
     return hashlib.sha256(b"".join(sorted(records))).hexdigest()
-
-
-def _source(split: Split) -> object:
-    """The images that a split was taken from."""
-    pixels: object = split.pixels
-    while isinstance(pixels, Subset):
-        pixels = pixels.whole
-    return pixels

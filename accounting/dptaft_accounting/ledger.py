@@ -153,7 +153,7 @@ class Ledger:
             found = [] if fingerprint not in state.names else state.near(fingerprint)
             others = {
                 state.names[other]
-                for other, digest in state.marks.items()
+                for other, digest in (state.marks if marks else {}).items()
                 if do_meet(marks, read_marks(connection, digest))
             }
         return found + [name for name in state.datasets if name in others and name not in found]

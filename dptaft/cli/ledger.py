@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dptaft_accounting.ledger import Account, Budget, Entry, Ledger
 
 _DEFAULT = Path("runs/ledger.sqlite")
+_NOTE = "the total adds a bound per run; `dptaft compare` composes whole runs and may show less"
 
 
 def _ledger_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,6 +306,8 @@ def _lines(account: Account) -> list[str]:
         rows.append(("remaining", words if left["epsilon"] > 0 else "nothing"))
     if account.taken_by is not None:
         rows.append(("taken whole by", account.taken_by))
+    if len(account.entries) > 1:
+        rows.append(("note", _NOTE))
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {words}" for label, words in rows]
     return lines + _entry_lines(account.entries)

@@ -246,11 +246,6 @@ class Subset:
         return self._pixels[self._indices[index]]
 
     @property
-    def whole(self) -> Pixels:
-        """The images that the subset was taken from."""
-        return self._pixels
-
-    @property
     def unreadable(self) -> dict[int, str]:
         """Number -> why, for the images of the subset that could not be read."""
         found = getattr(self._pixels, "unreadable", {})

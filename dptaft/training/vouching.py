@@ -40,7 +40,13 @@ def data_accesses(data: ImageData, request: Request, *, tuned: bool) -> dict[str
         "number_of_records": NONE if privacy.adjacency == "add-remove" else PUBLIC,
         "backbone": _backbone(request),
         "evaluation": NONE if data.evaluation is None else NOT_COVERED,
+        **({"hold_out": NOT_COVERED} if held_out_by_class(data) else {}),
     }
+
+
+def held_out_by_class(data: ImageData) -> bool:
+    """Whether the numbers of private images per class decide which of them are held out."""
+    return data.evaluation is not None and "replace-one" in data.unstable_under
 
 
 def _backbone(request: Request) -> str:
