@@ -361,6 +361,21 @@ def test_compare_adds_runs_on_the_same_images(project):
     assert not any(mark.hex() in text for mark in known.records)
 
 
+def test_a_run_names_its_data_without_the_path_and_the_rule_that_parts_it(project):
+    first, second = (load_run(project / "runs" / name) for name in ("first", "second"))
+    assert first.config["data"]["name"] == "scans"
+    assert second.config["data"]["name"] == "copy.csv"
+    assert not any(str(project) in path.read_text() for path in (project / "runs").glob("*/*.[tj]*"))
+    assert first.statement.claim["data_accesses"]["hold_out"] == "not covered"
+    assert any("number of images of each class" in line for line in first.statement.claim["not_protected"])
+    assert "hold_out" not in second.statement.claim["data_accesses"]
+
+
+def test_the_ledger_says_why_compare_may_show_less(project):
+    shown = cli("ledger", "show", "--ledger", project / "runs" / "ledger.sqlite").output
+    assert "`dptaft compare` composes whole runs" in shown
+
+
 def test_the_chain_names_the_statement(project, tmp_path):
     """Other weights with hashes to match are another statement, which the ledger does not know."""
     import shutil
