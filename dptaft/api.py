@@ -12,6 +12,7 @@ from dptaft.training.plan import ModelConfig, PerformanceConfig, PrivacyConfig, 
 
 if TYPE_CHECKING:
     from dptaft.data import ImageData
+    from dptaft.identity import Identity
     from dptaft.learner import Progress
     from dptaft.runs import Run
     from dptaft.training.account import Account
@@ -152,7 +153,7 @@ def train(
     def named(images: ImageData) -> Path:
         return Path(output) if output is not None else Path("runs") / _new_id(images.name, epsilon)
 
-    def charged(images: ImageData, target: Path, content: Callable[[], str] | None = None) -> Account:
+    def charged(images: ImageData, target: Path, content: Callable[[], Identity] | None = None) -> Account:
         if ledger is not None and not isinstance(ledger, str | Path):
             return ledger
         return open_account(

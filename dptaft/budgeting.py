@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import math
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from dptaft.data import ImageData, Split
+from dptaft.data import ImageData
+from dptaft.identity import Identity, identify, record_marks
 from dptaft.learner import Progress
+from dptaft.runs import STATEMENT, RunError, read_privacy
 from dptaft.training.account import Account, NoAccount, Spending
 from dptaft.training.checkpoint import write_atomically
 from dptaft.training.plan import Request
@@ -32,6 +32,7 @@ from dptaft_accounting.ledger_rules import Account as Standing
 
 LEDGER_NAME = "ledger.sqlite"
 UNIT = "one training record"
+Content = str | Callable[[], Identity] | None
 _POINTER = "ledger.json"
 _NO_BUDGET = (
     "no budget was declared for this data set: the total covers runs whose settings did not depend on each "
@@ -55,7 +56,7 @@ def open_account(
     *,
     ledger: str | Path | None = "auto",
     part: Part | None = None,
-    content: str | Callable[[], str] | None = None,
+    content: Content = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Account:
@@ -67,7 +68,7 @@ def open_account(
         output: folder of the run.
         ledger: ``auto`` for the project's ledger, a path, or None for none.
         part: (partition, part) where the run reads one part of a partition of the data.
-        content: digest of the whole data, or what finds it; None computes it from `data`.
+        content: digest of the whole data, or what identifies it; None reads `data`.
         resume: continue the entry of the interrupted run.
         progress: called with (stage, done, total).
 
@@ -86,27 +87,45 @@ def open_account(
     return LedgerAccount(path, data, output, part=part, content=content, resume=resume, progress=progress)
 
 
-def _refuse_budgeted(
-    path: Path | None, data: ImageData, content: str | Callable[[], str] | None, progress: Progress | None
-) -> None:
+def _refuse_budgeted(path: Path | None, data: ImageData, content: Content, progress: Progress | None) -> None:
     if path is None or not path.exists():
         return
     ledger = Ledger(path)
-    name = ledger.find(_found(content, data, progress))
-    if name is not None and ledger.account(name).budget is not None:
-        raise LedgerError(
-            f"{name!r} has a budget in {path}, and a run without a privacy claim would break it; say "
-            "--no-ledger where that is meant"
-        )
+    if not ledger.datasets():
+        return
+    digest, records = _found(content, data, progress)
+    for name in ledger.near(digest, records()):
+        if ledger.account(name).budget is not None:
+            raise LedgerError(
+                f"{name!r} has a budget in {path}, and a run without a privacy claim would break it; say "
+                "--no-ledger where that is meant"
+            )
+
+
+def _found(
+    content: Content, data: ImageData, progress: Progress | None
+) -> tuple[str, Callable[[], Iterable[bytes]]]:
+    """Digest of the whole data, and what finds the digests of its records."""
+    if isinstance(content, str):
+        return content, lambda: record_marks(data)
+    found = identify(data, progress) if content is None else content()
+    return found.content, lambda: found.records
 
 
 def open_ledger(path: Path) -> Ledger:
     """The ledger at `path`, made where there is none; safe with many processes at once.
 
     Raises:
-        LedgerError: it cannot be used or made.
+        LedgerError: it cannot be used or made, or runs beside it were charged to one that is not there.
     """
     if not path.exists():
+        lost = charged_elsewhere(path.parent)
+        if lost is not None:
+            raise LedgerError(
+                f"there is no ledger {path}, and the run {lost[0]} beside it is charged to the ledger "
+                f"{lost[1]}: restore that one, name it with --ledger, or start a new account that knows "
+                f"nothing of the earlier runs with `dptaft ledger init --ledger {path}`"
+            )
         try:
             return Ledger.create(path)
         except LedgerError:
@@ -115,41 +134,59 @@ def open_ledger(path: Path) -> Ledger:
     return Ledger(path)
 
 
-def content_digest(split: Split, progress: Progress | None = None) -> str:
-    """SHA-256 over labels and pixels of all records, in whatever order and from whatever files.
+def charged_elsewhere(folder: Path) -> tuple[str, str] | None:
+    """A run in a folder (finished or not) that names a ledger, and the id of that ledger; None for none."""
+    for path in sorted([*folder.glob(f"*/{STATEMENT}"), *folder.glob(f"*/{_POINTER}")]):
+        try:
+            found = json.loads(path.read_text())
+            fields = found["composition"] if path.name == STATEMENT else found
+            named, entry = fields["ledger"], fields.get("ledger_entry", fields.get("entry"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if isinstance(named, str) and entry is not None:
+            return path.parent.name, named
+    return None
 
-    Identifies private data: only its keyed fingerprint is ever stored.
+
+def enrol(
+    ledger: Ledger, content: str, name: str, records: Callable[[], Iterable[bytes]] | None = None
+) -> list[str]:
+    """Make the records of a run known and return the data sets that it is charged to, the own one first.
+
+    Warns of records that others share, and of data that no budget limits where there are budgets.
+
+    Args:
+        ledger: the ledger.
+        content: digest of the data.
+        name: for a new data set.
+        records: reads `dptaft.identity.Identity.records`; asked only where the ledger lacks them.
     """
-    return content_of(record_digests(split, progress))
-
-
-def record_digests(split: Split, progress: Progress | None = None) -> list[bytes]:
-    """SHA-256 over label and pixels of every record, in order; as private as the records."""
-    labels, records = split.labels.tolist(), []
-    for i, label in enumerate(labels):
-        records.append(digest_of_record(label, split.pixels[i]))
-        if progress is not None:
-            progress("identifying the data", i + 1, len(labels))
-    return records
-
-
-def digest_of_record(label: int, pixels: Tensor) -> bytes:
-    """SHA-256 over label and pixels (channels, height, width) of one record."""
-    pixels = pixels.contiguous()
-    record = hashlib.sha256(f"{label} {pixels.dtype} {tuple(pixels.shape)}\n".encode())
-    record.update(pixels.numpy().tobytes())
-    return record.digest()
-
-
-def content_of(records: Iterable[bytes]) -> str:
-    """`content_digest` of records with these digests."""
-    return hashlib.sha256(b"".join(sorted(records))).hexdigest()
-
-
-def _found(content: str | Callable[[], str] | None, data: ImageData, progress: Progress | None) -> str:
-    if callable(content):
-        return content()
-    return content or content_digest(data.train, progress)
+    is_new = ledger.find(content) is None
+    limited = [known for known in ledger.datasets() if ledger.account(known).budget is not None]
+    marks = () if records is None or ledger.knows_records(content) else records()
+    found = ledger.register(content, name, records=marks)
+    near = ledger.near(content)
+    if set(near[1:]) & set(limited):
+        others = ", ".join(repr(other) for other in near[1:])
+        warnings.warn(
+            f"{found!r} shares records with {others}: the run is charged to all of them", stacklevel=2
+        )
+    elif is_new and limited and found not in limited:
+        old = [known for known in limited if known in ledger.unmarked()]
+        reason = (
+            f"the records of {old[0]!r} are not known yet, so that shared ones cannot be told: run `dptaft "
+            f"ledger init --ledger {ledger.path} --data ...` with its data once"
+            if old
+            else f"it shares no record with {', '.join(map(repr, limited))}; where it holds the same "
+            f"people's records in another form, stop and run `dptaft ledger init --ledger "
+            f"{ledger.path} --version-of {limited[0]} --data ...`"
+        )
+        warnings.warn(
+            f"{ledger.path} has budgets and does not know this data: {found!r} is charged without a limit; "
+            f"{reason}",
+            stacklevel=2,
+        )
+    return near
 
 
 class LedgerAccount:
@@ -160,7 +197,7 @@ class LedgerAccount:
         data: records of the run; the first use of a content registers it under the name of the data.
         output: folder of the run; its partial folder remembers the entry.
         part: (partition, part) where the run reads one part of a partition; parts are charged in parallel.
-        content: digest of the whole data, or what finds it; None computes it from `data`.
+        content: digest of the whole data, or what identifies it; None reads `data`.
         resume: continue the entry of the interrupted run.
         progress: called with (stage, done, total).
 
@@ -176,7 +213,7 @@ class LedgerAccount:
         output: Path,
         *,
         part: Part | None = None,
-        content: str | Callable[[], str] | None = None,
+        content: Content = None,
         resume: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -202,7 +239,7 @@ class LedgerAccount:
         self._ledger = ledger = (
             open_ledger(self._path) if pointer is None else _charged_ledger(self._path, pointer)
         )
-        self._content = _found(self._given, self._data, self._progress)
+        self._content, records = _found(self._given, self._data, self._progress)
         cost = Cost.of(mechanism, plan.certificate, delta=plan.delta)
         if pointer is not None:
             if ledger.entry(pointer["entry"]).part != self._part:
@@ -212,8 +249,8 @@ class LedgerAccount:
             )
             self._bookmark = self._entry.bookmark
             return
-        name = ledger.register(self._content, self._data.name)
-        release_abandoned(ledger, name)
+        for name in enrol(ledger, self._content, self._data.name, records):
+            release_abandoned(ledger, name)
         self._planned = secrets.token_hex(8)
         self._entry = ledger.reserve(
             self._content,
@@ -266,8 +303,14 @@ class LedgerAccount:
         return composition_fields(ledger, self._entry, spent.delta)
 
     def close(self) -> None:
-        """End; without a commit, what was authorised stays charged and the rest is given back."""
-        if self._done or self._ledger is None:
+        """End: a committed run names its statement in the ledger.
+
+        Without a commit, what was authorised stays charged and the rest is given back.
+        """
+        if self._ledger is None:
+            return
+        if self._done:
+            self._bind()
             return
         self._done = True
         # a ledger that fails now keeps the whole reservation, which `dptaft ledger close` ends
@@ -276,6 +319,17 @@ class LedgerAccount:
                 self._ledger.close(self._entry.id, self._entry.token)
             elif self._planned:  # stopped between the reservation and its answer
                 self._ledger.close(self._planned, insist=True)
+
+    def _bind(self) -> None:
+        """Name the statement in the chain, so that no other weights can take its place.
+
+        Where the ledger cannot take it, the charge stands as it is and nothing is bound.
+        """
+        ledger, entry = self._held()
+        with contextlib.suppress(LedgerError, RunError):
+            path = self._output / STATEMENT
+            if path.is_file():
+                ledger.bind(entry.id, entry.token, read_privacy(path).id)
 
     def _next_bookmark(self) -> str:
         """A new one, in the folder before the ledger has it: the folder always holds that of the ledger."""
@@ -312,6 +366,7 @@ def composition_fields(ledger: Ledger, entry: Entry, delta: float) -> dict[str, 
         "ledger_entry_hash": entry.hash,
         "ledger_head": entry.hash,
         "data_set": entry.dataset,
+        "data_sets_with_shared_records": [name for name in ledger.charged(entry.id) if name != entry.dataset],
         "filter": "none" if budget is None else budget.filter,
         "runs_before": len(before.entries),
         "spent_before": _reading(before, before.spent, delta),

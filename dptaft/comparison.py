@@ -66,24 +66,50 @@ class Comparison:
 
 
 UNKNOWN = "assumed the same"
+_SHARED = "data_sets_with_shared_records"
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Put runs side by side.
 
-    Data sets are told apart by the ledger, which knows their contents. Where a run was not charged to one, or
-    the runs were charged to different ones, all are assumed to have used the same data.
+    Data sets are told apart by the ledger, which knows their records; those that share records are one. Where
+    a run was not charged to a ledger, the runs were charged to different ones, or a statement of an older
+    version does not say what its data shares with others, all are assumed to have used the same data.
     """
     lines = tuple(_line(run) for run in runs)
     known = {line.dataset for line in lines}
+    told = len(known) == 1 or all(
+        run.statement is not None and isinstance(run.statement.composition.get(_SHARED), list) for run in runs
+    )
     ledgers = {run.statement.composition.get("ledger") for run in runs if run.statement is not None}
     groups = [(UNKNOWN, list(runs))]
-    if UNKNOWN not in known and len(ledgers) == 1:
-        groups = [
-            (name, [run for run, line in zip(runs, lines, strict=True) if line.dataset == name])
-            for name in sorted(known)
-        ]
+    if UNKNOWN not in known and len(ledgers) == 1 and told:
+        groups = _groups(runs)
     return Comparison(lines, tuple(_total(name, members) for name, members in groups))
+
+
+def _groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs of one ledger by data set; data sets that share records, directly or through others, are one."""
+    groups: list[tuple[set[str], list[Run]]] = []
+    ledger = ""
+    for run in runs:
+        composition = {} if run.statement is None else run.statement.composition
+        ledger = str(composition.get("ledger"))
+        names, members = {str(composition.get("data_set")), *composition.get(_SHARED, ())}, [run]
+        for group in [group for group in groups if group[0] & names]:
+            groups.remove(group)
+            names, members = names | group[0], group[1] + members
+        groups.append((names, members))
+    used = [
+        sorted({str(r.statement.composition["data_set"]) for r in members if r.statement is not None})
+        for _, members in groups
+    ]
+    shared = (" (they share records)" if len(names) > 1 else "" for names in used)
+    found = [
+        (f"{', '.join(names)} of ledger {ledger}{note}", members)
+        for names, note, (_, members) in zip(used, shared, groups, strict=True)
+    ]
+    return sorted(found, key=lambda group: group[0])
 
 
 def _line(run: Run) -> Line:

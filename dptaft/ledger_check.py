@@ -52,6 +52,8 @@ def _entry_problems(statement: PrivacyStatement, entry: Entry) -> Iterator[str]:
     ):
         if stated != found:
             yield f"the {label} of entry {entry.id} is not that of the statement"
+    if entry.statements and statement.admin.get("id") not in entry.statements:
+        yield f"the entry {entry.id} was bound to another statement, of other files or another claim"
     proof = None if certificate is None else ConvexityCertificate.from_dict(certificate)
     cost = Cost.of(mechanism_from_dict(record), proof, delta=statement.claim["delta"])
     if not cost.within(_with_slack(entry.authorised)):

@@ -7,13 +7,13 @@ of having touched the records, so that no second execution starts afresh on the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dptaft.backends.attempts import refuse_withdrawn
-from dptaft.budgeting import UNIT, composition_fields, open_ledger, release_abandoned
+from dptaft.budgeting import UNIT, composition_fields, enrol, open_ledger, release_abandoned
 from dptaft.training.account import Spending
 from dptaft.training.checkpoint import write_atomically
 from dptaft_accounting import Mechanism
@@ -34,10 +34,11 @@ class Bill:
 
     Attributes:
         spending: all that will be done to the records, and the delta of the claim.
-        content: digest of the data (`dptaft.budgeting.content_digest`).
+        content: digest of the data (`dptaft.identity.content_digest`).
         data: name under which data that the ledger does not know yet is registered.
         run: name for people.
         part: (partition, part) where only one part of a partition is read; parts are charged in parallel.
+        records: reads the digests of the records (`dptaft.identity.record_marks`).
     """
 
     spending: Spending
@@ -45,6 +46,7 @@ class Bill:
     data: str
     run: str
     part: Part | None = None
+    records: Callable[[], Iterable[bytes]] | None = None
 
     @property
     def mechanism(self) -> Mechanism:
@@ -84,7 +86,8 @@ def charge(bill: Bill, ledger: Path, pointer: Path) -> dict[str, Any]:
         raise PaymentError(f"{pointer.parent} was charged to the ledger {known['path']}; give that one")
     entry = None if known is None else book.entry(known["entry"])
     if entry is None:
-        release_abandoned(book, book.register(bill.content, bill.data))
+        for name in enrol(book, bill.content, bill.data, bill.records):
+            release_abandoned(book, name)
         entry = book.reserve(
             bill.content, cost, mechanism, certificate, run=bill.run, unit=UNIT, part=bill.part
         )

@@ -13,7 +13,8 @@ import torch
 from builders import small_data
 
 import dptaft
-from dptaft.budgeting import LedgerAccount, composition_fields, content_digest, open_account, open_ledger
+from dptaft.budgeting import LedgerAccount, composition_fields, open_account, open_ledger
+from dptaft.identity import content_digest
 from dptaft.ledger_check import ledger_problems
 from dptaft.training.account import NoAccount, Spending
 from dptaft.training.plan import ModelConfig, PerformanceConfig, PrivacyConfig, Request

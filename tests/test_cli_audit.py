@@ -30,7 +30,17 @@ def run(tmp_path_factory):
 
 
 def audit(run, *options):
-    return CliRunner().invoke(main, ["audit", str(run.path), *map(str, options)])
+    data = () if "--data" in options else ("--data", run.path.parent / "data.npz")
+    return CliRunner().invoke(main, ["audit", *map(str, (run.path, *data, *options))])
+
+
+def test_a_run_does_not_hold_the_path_of_its_data(run):
+    result = CliRunner().invoke(main, ["audit", str(run.path)])
+    assert result.exit_code == 2
+    assert result.output.startswith(
+        "Error: the records of the run are needed (no data set or path 'data.npz'"
+    )
+    assert "give --data" in result.output
 
 
 def test_a_sound_run_is_consistent(run):

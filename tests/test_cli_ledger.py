@@ -167,7 +167,8 @@ def test_versions_names_and_replaced_budgets(archive, tmp_path):
 
 
 def test_an_abandoned_run_is_closed(archive, tmp_path):
-    from dptaft.budgeting import content_digest, open_ledger
+    from dptaft.budgeting import open_ledger
+    from dptaft.identity import content_digest
 
     ledger = open_ledger(tmp_path / "l.sqlite")
     content = content_digest(load_data(str(archive)).train)

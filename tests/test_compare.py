@@ -49,8 +49,9 @@ def test_the_total_never_falls_below_a_single_claim(tmp_path):
     assert total.epsilon >= max(run.statement.claim["epsilon"] for run in runs)
 
 
-def charged(dataset, ledger="one"):
-    return {"ledger": ledger, "ledger_entry": "7", "ledger_head": "ab", "data_set": dataset}
+def charged(dataset, ledger="one", shared=()):
+    known = {} if shared is None else {"data_sets_with_shared_records": list(shared)}
+    return {"ledger": ledger, "ledger_entry": "7", "ledger_head": "ab", "data_set": dataset, **known}
 
 
 def test_data_sets_are_told_apart_by_one_ledger(tmp_path):
@@ -62,7 +63,16 @@ def test_data_sets_are_told_apart_by_one_ledger(tmp_path):
     assert totals == {"x of ledger one": 2, "y of ledger one": 1}
 
 
-@pytest.mark.parametrize("other", [charged("y", "two"), {"ledger": "none: declined"}])
+def test_data_sets_that_share_records_are_one(tmp_path):
+    shares = {"a": charged("x"), "b": charged("y"), "c": charged("z", shared=["x"]), "d": charged("x")}
+    runs = [make_run(tmp_path / name, composition=c, name=name) for name, c in shares.items()]
+    totals = {total.dataset: total.runs for total in compare(runs).totals}
+    assert totals == {"x, z of ledger one (they share records)": 3, "y of ledger one": 1}
+
+
+@pytest.mark.parametrize(
+    "other", [charged("y", "two"), charged("y", shared=None), {"ledger": "none: declined"}]
+)
 def test_where_the_ledger_cannot_tell_the_data_are_assumed_the_same(tmp_path, other):
     runs = [
         make_run(tmp_path / "a", composition=charged("x"), name="a"),

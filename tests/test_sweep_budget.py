@@ -96,8 +96,8 @@ def test_a_budget_that_is_too_small_stops_the_sweep_before_it_trains(tmp_path, p
     source = Ledger(root / "ledger.sqlite")
     own = recipe("publish-all", seeds=(0, 1), ledger=str(tmp_path / "ledger.sqlite"))
     ledger = Ledger.create(tmp_path / "ledger.sqlite")
-    from dptaft.budgeting import content_digest
     from dptaft.data import load_data
+    from dptaft.identity import content_digest
 
     name = ledger.register(content_digest(load_data("digits").train), "digits")
     ledger.declare(name, Budget.from_epsilon(4.0, 1e-5))

@@ -14,9 +14,12 @@ Formal guarantees:
        nothing to a copy of its folder that fell behind (`bookmark`).
     4. Changing, removing or reordering rows is detected by `Ledger.verify` given the heads that statements
        recorded; without a later head, removing the last rows cannot be detected by the file alone.
-    Assumed: nobody who holds the file rewrites it together with all statements; overlapping data sets
-    are declared as versions of one; the number of steps of an interrupted run was not chosen from its own
-    intermediate results unless its mechanism is exactly Gaussian (nothing of an unfinished run is released).
+    5. The account of a data set holds every run on a content that shares a record with it, if the records of
+       both were registered: for each record, all runs that read it are in its account.
+    Assumed: nobody who holds the file rewrites it together with all statements; records whose pixels changed
+    (another size, another crop) are declared as a version of the data set; the number of steps of an
+    interrupted run was not chosen from its own intermediate results unless its mechanism is exactly Gaussian
+    (nothing of an unfinished run is released).
     Without a declared budget the ledger adds up what was spent: valid for runs whose settings did not depend
     on each other's results; only a limit that is fixed in advance covers adaptive choices.
 """
@@ -26,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +37,19 @@ from dptaft_accounting.ledger_chain import START, Row, now, stamp
 from dptaft_accounting.ledger_file import LedgerFile, insert, read_key, rows_after
 from dptaft_accounting.ledger_filter import Budget, BudgetExceededError, Cost, LedgerError, Part
 from dptaft_accounting.ledger_owner import is_gone, this_process
+from dptaft_accounting.ledger_records import do_meet, marks_of, read_marks
+from dptaft_accounting.ledger_register import Registration
 from dptaft_accounting.ledger_rules import (
     Account,
     account,
-    admit,
+    admit_all,
     held,
     known_dataset,
     require_covered,
     require_room,
     require_same_neighbours,
 )
-from dptaft_accounting.ledger_state import FORMAT, OPEN, Entry, State
+from dptaft_accounting.ledger_state import COMMITTED, FORMAT, OPEN, Entry, State
 
 __all__ = ["Account", "Budget", "BudgetExceededError", "Cost", "Entry", "Ledger", "LedgerError"]
 
@@ -130,41 +135,65 @@ class Ledger:
         """Name of the data set with this content, under whatever name it was registered."""
         return self._read().names.get(self.fingerprint(content))
 
-    def register(self, content: str, name: str, *, version_of: bool = False) -> str:
-        """Make a content known and return the name of its data set.
+    def knows_records(self, content: str) -> bool:
+        """Whether the records of this content were registered."""
+        return self.fingerprint(content) in self._read().marks
 
-        A known content keeps its name. Another content under a known name becomes a version of the same data
-        set, which shares its budget: at once while no budget is declared, else only with `version_of`.
+    def near(self, content: str, records: Iterable[bytes] = ()) -> list[str]:
+        """Names of all data sets that hold this content or share a record with it, the own one first.
+
+        Args:
+            content: digest of labels and pixels; it need not be registered.
+            records: digests of its records.
+        """
+        fingerprint = self.fingerprint(content)
+        marks = marks_of(records, self._key)
+        with self._file.reading() as connection:
+            state = self._catch_up(connection)
+            found = [] if fingerprint not in state.names else state.near(fingerprint)
+            others = {
+                state.names[other]
+                for other, digest in (state.marks if marks else {}).items()
+                if do_meet(marks, read_marks(connection, digest))
+            }
+        return found + [name for name in state.datasets if name in others and name not in found]
+
+    def unmarked(self) -> list[str]:
+        """Names of data sets a version of which was registered without its records, by an older program."""
+        state = self._read()
+        return [
+            name
+            for name, known in state.datasets.items()
+            if not all(v in state.marks for v in known.versions)
+        ]
+
+    def register(
+        self, content: str, name: str, *, records: Iterable[bytes] = (), version_of: bool = False
+    ) -> str:
+        """Make a content and its records known and return the name of its data set.
+
+        A known content keeps its name, and so does one whose records all belong to one known data set:
+        labels, class names, order and files do not matter. Content with some records of other data sets is
+        charged to all of them. Another content under a known name becomes a version of the same data set,
+        which shares its budget: at once while no budget is declared, else only with `version_of`.
 
         Args:
             content: digest of labels and pixels.
             name: of the data set.
-            version_of: `name` must exist, and this content belongs to it.
+            records: digests of its records, which know nothing of labels and files; may be left out where
+                they were given before.
+            version_of: `name` must exist, and this content holds the same records in another form; a content
+                that belongs to another data set is charged to both from now on.
 
         Raises:
-            LedgerError: another content under the name of a data set with a budget.
+            LedgerError: another content under the name of a data set with a budget, or a version whose runs
+                exceed it.
         """
-        fingerprint = self.fingerprint(content)
         if not name or not name.isprintable():
             raise LedgerError(f"a data set needs a printable name, got {name!r}")
-
-        def fields(state: State) -> dict[str, Any] | None:
-            known, holder = state.names.get(fingerprint), state.datasets.get(name)
-            if version_of:
-                known_dataset(state, name)
-            if known is not None:
-                if version_of and known != name:
-                    raise LedgerError(f"this content belongs to the data set {known!r} already")
-                return None
-            if holder is not None and holder.budget is not None and not version_of:
-                raise LedgerError(
-                    f"the data set {name!r} has a budget and other content; where records persist, declare a "
-                    f"new version that shares it (`dptaft ledger init --ledger {self.path} "
-                    f"--version-of {name} --data ...`), else give it another name (--name)"
-                )
-            return {"kind": "data-set", "dataset": name, "fingerprint": fingerprint}
-
-        return self._write(fields).names[fingerprint]
+        fingerprint = self.fingerprint(content)
+        made = Registration(self.path, fingerprint, marks_of(records, self._key), name, version_of)
+        return self._append(made.rows).names[fingerprint]
 
     def declare(self, dataset: str, budget: Budget, *, replace: bool = False) -> None:
         """Set the budget of a data set; what was spent before counts.
@@ -225,20 +254,21 @@ class Ledger:
         def fields(state: State) -> dict[str, Any]:
             if fingerprint not in state.names:
                 raise LedgerError("the ledger does not know this content; register it first")
-            dataset = known_dataset(state, state.names[fingerprint])
-            if dataset.unit not in ("", unit):
-                raise LedgerError(
-                    f"{dataset.name!r} protects {dataset.unit!r}, the run {unit!r}; use one unit"
-                )
+            near = [known_dataset(state, name) for name in state.near(fingerprint)]
+            for dataset in near:
+                if dataset.unit not in ("", unit):
+                    raise LedgerError(
+                        f"{dataset.name!r} protects {dataset.unit!r}, the run {unit!r}; use one unit"
+                    )
             return {
                 "kind": "reserve",
                 "entry": name,
-                "dataset": dataset.name,
+                "dataset": near[0].name,
                 "fingerprint": fingerprint,
                 "run": run,
                 "part": None if part is None else list(part),
                 "cost": cost.to_dict(),
-                "exclusive": admit(state, dataset, cost, mechanism.adjacency, unit, part, None),
+                "exclusive": admit_all(state, near, cost, mechanism.adjacency, unit, part, None),
                 "adjacency": mechanism.adjacency,
                 "unit": unit,
                 "mechanism": mechanism.to_dict(),
@@ -298,6 +328,21 @@ class Ledger:
             }
 
         return self._write(fields).entry(entry)
+
+    def bind(self, entry: str, token: str, statement: str) -> None:
+        """Name the statement that a committed run wrote; its id stands for weights, configuration and claim.
+
+        Raises:
+            LedgerError: the entry is not committed, or another process has taken it over.
+        """
+
+        def fields(state: State) -> dict[str, Any] | None:
+            found = state.entry(entry)
+            if found.state != COMMITTED or found.token != token:
+                raise LedgerError(f"entry {entry} is not a committed one of this run")
+            return None if statement in found.statements else _bound(entry, statement)
+
+        self._write(fields)
 
     def release(self, entry: str, token: str) -> Entry:
         """Give a reservation back of which nothing was authorised.
@@ -391,7 +436,8 @@ class Ledger:
                 )
             want, exclusive = found.after_resume(cost), found.takes_all
             if not want.within(found.charge):
-                exclusive = admit(state, dataset, want, found.adjacency, found.unit, found.part, found)
+                near = [known_dataset(state, name) for name in state.near(found.fingerprint)]
+                exclusive = admit_all(state, near, want, found.adjacency, found.unit, found.part, found)
             return {
                 "kind": "resume",
                 "entry": entry,
@@ -409,6 +455,11 @@ class Ledger:
             LedgerError: the ledger does not know it, as after an older copy was restored.
         """
         return self._read().entry(name)
+
+    def charged(self, entry: str) -> list[str]:
+        """Names of the data sets that an entry is charged to, its own one first."""
+        state = self._read()
+        return state.near(state.entry(entry).fingerprint)
 
     def account(self, dataset: str) -> Account:
         """The standing of a data set at one moment.
@@ -439,6 +490,9 @@ class Ledger:
         try:
             for row in rows:
                 state.apply(row)
+            with self._file.reading() as connection:
+                for digest in set(state.marks.values()):
+                    read_marks(connection, digest)
         except LedgerError as error:
             problems.append(str(error))
         if not rows:
@@ -475,15 +529,23 @@ class Ledger:
 
     def _write(self, fields: Callable[[State], Mapping[str, Any] | None]) -> State:
         """Append the row that `fields` makes from the current state, if any; returns the state after."""
+
+        def rows(state: State, _: Any) -> Iterator[Mapping[str, Any]]:
+            body = fields(state)
+            if body is not None:
+                yield body
+
+        return self._append(rows)
+
+    def _append(self, rows: Callable[[State, Any], Iterator[Mapping[str, Any]]]) -> State:
+        """Append what `rows` yields in one transaction; it sees every row that it yielded in the state."""
         with self._file.writing() as connection:
             state = self._catch_up(connection)
-            body = fields(state)
-            if body is None:
-                return state
-            row = Row.append(state.number + 1, state.head, {**body, **stamp(state.time)})
-            insert(connection, row)
-            self._state = None  # until the row is durable
-            state.apply(row)
+            for body in rows(state, connection):
+                row = Row.append(state.number + 1, state.head, {**body, **stamp(state.time)})
+                insert(connection, row)
+                self._state = None  # until the row is durable
+                state.apply(row)
         self._state = state
         return state
 
@@ -504,6 +566,10 @@ class Ledger:
             raise LedgerError(f"the ledger {self.path} holds no row; restore it from a copy")
         self._state = state
         return state
+
+
+def _bound(entry: str, statement: str) -> dict[str, str]:
+    return {"kind": "bind", "entry": entry, "statement": statement}
 
 
 def _marked(bookmark: str) -> dict[str, str]:

@@ -22,8 +22,10 @@ APPLICATION_ID = 0x64707466
 VERSION = 1
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "afs", "ncpfs", "ceph", "glusterfs", "lustre"}
-    | {"beegfs", "gpfs", "pvfs2", "davfs", "ocfs2", "gfs2", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph"}
-    | {"fuse.s3fs", "fuse.gcsfuse", "fuse.davfs2", "fuse.rclone"}
+    | {"beegfs", "gpfs", "pvfs2", "davfs", "ocfs2", "gfs2", "fuse"}
+)
+_LOCAL_FUSE = frozenset(
+    {"fuse.fuse-overlayfs", "fuse.gocryptfs", "fuse.encfs", "fuse.ntfs-3g", "fuse.exfat", "fuse.ext2"}
 )
 _SCHEMA = """
 CREATE TABLE rows (
@@ -190,6 +192,8 @@ def read_key(connection: sqlite3.Connection) -> str:
 def refuse_network(path: Path, mounts: Callable[[], str] | None = None) -> None:
     """Refuse a network file system, where locks and durable writes cannot be relied on.
 
+    A FUSE file system counts as one unless its kind is known to lie on a local disk.
+
     Raises:
         LedgerError: `path` lies on one. What cannot be told (no Linux, unknown kinds) passes.
     """
@@ -203,7 +207,8 @@ def refuse_network(path: Path, mounts: Callable[[], str] | None = None) -> None:
         fields = line.split()
         if len(fields) > 2 and fields[2] == name and "-" in fields:
             kind = fields[fields.index("-") + 1]
-            if kind in _NETWORK:
+            if kind in _NETWORK or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE):
+                kind += " (or may do so: FUSE does not tell)" if kind.startswith("fuse") else ""
                 raise LedgerError(
                     f"{path} lies on the network file system {kind}, where a ledger is not safe; "
                     "choose a local disk with --ledger"

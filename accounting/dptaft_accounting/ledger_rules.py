@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -121,6 +121,22 @@ def admit(
         return True
     whole = budget.epsilon if not others and part is None and cost.delta <= budget.delta else Decimal(0)
     raise BudgetExceededError(_refusal(dataset.name, budget, before, after, cost, others, whole))
+
+
+def admit_all(
+    state: State,
+    datasets: Sequence[DataSet],
+    cost: Cost,
+    adjacency: str,
+    unit: str,
+    part: Part | None,
+    run: Entry | None,
+) -> bool:
+    """`admit` for every data set that shares records with the content of the run; all must permit it."""
+    whole = False
+    for dataset in datasets:
+        whole = admit(state, dataset, cost, adjacency, unit, part, run) or whole
+    return whole
 
 
 def _refusal(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -35,6 +35,8 @@ class Entry:
         time: of the last row.
         hash: of the last row.
         bookmark: random text that the run wrote into its folder before the last charge; empty without one.
+        fingerprint: of the content that the run reads.
+        statements: ids of the statements that the run wrote, newest last.
     """
 
     id: str
@@ -54,6 +56,8 @@ class Entry:
     time: str
     hash: str
     bookmark: str = ""
+    fingerprint: str = ""
+    statements: tuple[str, ...] = ()
 
     @property
     def charge(self) -> Cost:
@@ -95,7 +99,13 @@ class DataSet:
 
 
 class State:
-    """The meaning of a chain; `apply` takes its rows in order."""
+    """The meaning of a chain; `apply` takes its rows in order.
+
+    Attributes:
+        names: fingerprint of a content -> its data set.
+        marks: fingerprint -> digest of the marks of its records, where they are known.
+        meets: fingerprint -> contents that share a record with it.
+    """
 
     def __init__(self) -> None:
         self.ledger_id = ""
@@ -103,6 +113,8 @@ class State:
         self.number, self.head, self.time = 0, START, ""
         self.datasets: dict[str, DataSet] = {}
         self.names: dict[str, str] = {}
+        self.marks: dict[str, str] = {}
+        self.meets: dict[str, set[str]] = {}
         self.entries: dict[str, Entry] = {}
 
     def apply(self, row: Row) -> None:
@@ -130,8 +142,23 @@ class State:
         self.number, self.head, self.time = row.number, row.hash, time
 
     def of(self, dataset: str) -> list[Entry]:
-        """Entries of a data set, in order, released ones left out."""
-        return [e for e in self.entries.values() if e.dataset == dataset and e.state != RELEASED]
+        """Entries that a record of a data set may bear, in order, released ones left out.
+
+        Those of the data set, and those of others whose content shares records with a version of it.
+        """
+        versions = self.datasets[dataset].versions
+        near = set().union(versions, *(self.meets.get(version, ()) for version in versions))
+        return [
+            e
+            for e in self.entries.values()
+            if (e.dataset == dataset or e.fingerprint in near) and e.state != RELEASED
+        ]
+
+    def near(self, fingerprint: str) -> list[str]:
+        """Names of the data sets that a run on this content is charged to, its own one first."""
+        own = self.names[fingerprint]
+        others = {self.names[other] for other in self.meets.get(fingerprint, ())}
+        return [own, *(name for name in self.datasets if name in others and name != own)]
 
     def entry(self, name: str) -> Entry:
         """The entry of that id.
@@ -157,6 +184,24 @@ class State:
             raise LedgerError("the same content is registered twice")
         self.names[fingerprint] = name
         self.datasets.setdefault(name, DataSet(name)).versions.append(fingerprint)
+
+    def _records(self, body: Mapping[str, Any], row: Row) -> None:
+        fingerprint, meets = _string(body, "fingerprint"), list(body["meets"])
+        if fingerprint not in self.names or fingerprint in self.marks:
+            raise LedgerError("records of an unknown content, or named twice")
+        self.marks[fingerprint] = _string(body, "marks")
+        self._join(fingerprint, meets)
+
+    def _share(self, body: Mapping[str, Any], row: Row) -> None:
+        self._join(_string(body, "fingerprint"), self.datasets[body["dataset"]].versions)
+
+    def _join(self, fingerprint: str, others: Iterable[str]) -> None:
+        """Note that two contents share records: what is spent on one is spent on records of the other."""
+        for other in others:
+            if other not in self.names:
+                raise LedgerError("shared records with an unknown content")
+            self.meets.setdefault(fingerprint, set()).add(other)
+            self.meets.setdefault(other, set()).add(fingerprint)
 
     def _budget(self, body: Mapping[str, Any], row: Row) -> None:
         dataset = self.datasets[body["dataset"]]
@@ -187,6 +232,7 @@ class State:
             owner=dict(body["owner"]),
             time=body["time"],
             hash=row.hash,
+            fingerprint=_string(body, "fingerprint"),
         )
 
     def _authorise(self, body: Mapping[str, Any], row: Row) -> None:
@@ -227,6 +273,12 @@ class State:
             owner=dict(body["owner"]),
         )
 
+    def _bind(self, body: Mapping[str, Any], row: Row) -> None:
+        entry = self.entry(body["entry"])
+        if entry.state != COMMITTED:
+            raise LedgerError(f"entry {entry.id} is {entry.state}")
+        self.entries[entry.id] = replace(entry, statements=(*entry.statements, _string(body, "statement")))
+
     def _open(self, body: Mapping[str, Any]) -> Entry:
         entry = self.entry(body["entry"])
         if entry.state != OPEN:
@@ -239,12 +291,15 @@ class State:
     _RULES: ClassVar[dict[str, Callable[[State, Mapping[str, Any], Row], None]]] = {
         "ledger": _ledger,
         "data-set": _dataset,
+        "records": _records,
+        "share": _share,
         "budget": _budget,
         "reserve": _reserve,
         "authorise": _authorise,
         "commit": _commit,
         "close": _close,
         "resume": _resume,
+        "bind": _bind,
     }
 
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", help="The run's records; `synthetic` reads none of them.  [default: as in the run]")
+@click.option(
+    "--data", help="The run's records; `synthetic` reads none.  [default: a named data set of the run]"
+)
 @click.option(
     "--observer",
     type=click.Choice(("all-iterates", "last-iterate", "black-box")),

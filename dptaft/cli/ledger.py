@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dptaft_accounting.ledger import Account, Budget, Entry, Ledger
 
 _DEFAULT = Path("runs/ledger.sqlite")
+_NOTE = "the total adds a bound per run; `dptaft compare` composes whole runs and may show less"
 
 
 def _ledger_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,10 +74,8 @@ def ledger() -> None:
 def init(path: Path, as_json: bool, **options: Any) -> None:
     """Make a ledger, register a data set, declare its budget."""
     _check_init(options)
-    from dptaft_accounting.ledger import Ledger
-
     if options["data"] is None:
-        made = Ledger.create(path)
+        made = _create(path)
         facts: dict[str, Any] = {"ledger": str(path), "id": made.id}
         echo(json.dumps(facts, indent=2) if as_json else f"made the ledger {path} ({made.id})")
         return
@@ -100,9 +100,9 @@ def _check_init(options: dict[str, Any]) -> None:
 
 
 def _register(path: Path, options: dict[str, Any]) -> tuple[str, Ledger]:
-    from dptaft.budgeting import content_digest, open_ledger
     from dptaft.cli.progress import Bars
     from dptaft.data import load_data
+    from dptaft.identity import identify
     from dptaft.training.plan import default_delta
 
     classes = options["classes"]
@@ -112,13 +112,45 @@ def _register(path: Path, options: dict[str, Any]) -> tuple[str, Ledger]:
     delta = options["delta"] if options["delta"] is not None else default_delta(len(data.train))
     budget = _budget(options, delta)
     with Bars() as bars:
-        content = content_digest(data.train, bars)
-    found = open_ledger(path)
+        identity = identify(data, bars)
+    found = _open(path)
     older = options["version_of"]
-    name = found.register(content, older or options["name"] or data.name, version_of=older is not None)
+    name = found.register(
+        identity.content,
+        older or options["name"] or data.name,
+        records=identity.records,
+        version_of=older is not None,
+    )
     if budget is not None:
         found.declare(name, budget, replace=options["replace"])
     return name, found
+
+
+def _open(path: Path) -> Ledger:
+    from dptaft_accounting.ledger import Ledger, LedgerError
+
+    if not path.exists():
+        try:
+            return _create(path)
+        except LedgerError:  # another process was quicker
+            if not path.exists():
+                raise
+    return Ledger(path)
+
+
+def _create(path: Path) -> Ledger:
+    """A new account; runs beside it that were charged to another one are named."""
+    from dptaft.budgeting import charged_elsewhere
+    from dptaft_accounting.ledger import Ledger
+
+    made, lost = Ledger.create(path), charged_elsewhere(path.parent)
+    if lost is not None:
+        warnings.warn(
+            f"{path} starts at zero, and the run {lost[0]} beside it was charged to the ledger {lost[1]}: "
+            "what such runs spent is not in the new account",
+            stacklevel=2,
+        )
+    return made
 
 
 def _budget(options: dict[str, Any], delta: float) -> Budget | None:
@@ -275,6 +307,8 @@ def _lines(account: Account) -> list[str]:
         rows.append(("remaining", words if left["epsilon"] > 0 else "nothing"))
     if account.taken_by is not None:
         rows.append(("taken whole by", account.taken_by))
+    if len(account.entries) > 1:
+        rows.append(("note", _NOTE))
     width = max(len(label) for label, _ in rows)
     lines = [f"{label:<{width}}  {words}" for label, words in rows]
     return lines + _entry_lines(account.entries)

@@ -75,6 +75,7 @@ class ImageData:
         is_public: public benchmark images (the claim is computed all the same).
         unstable_under: adjacencies under which one record would move others between the two splits.
         skips_corrupt: an image that cannot be read counts as an empty record.
+        held_out: the evaluation images were held out of the given records by the public rule.
     """
 
     name: str
@@ -85,6 +86,7 @@ class ImageData:
     is_public: bool = False
     unstable_under: tuple[str, ...] = ()
     skips_corrupt: bool = False
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         if len(self.train) == 0:
@@ -277,6 +279,7 @@ def part_evaluation(data: ImageData, *, by_class: bool) -> ImageData:
         data.is_public,
         () if data.is_public else moved,
         data.skips_corrupt,
+        held_out=True,
     )
 
 

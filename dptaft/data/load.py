@@ -77,6 +77,16 @@ def load_data(
     return data if data.evaluation is not None or not hold_out else part_evaluation(data, by_class=by_class)
 
 
+def published_name(spec: str) -> str:
+    """What a run says of the data that it was trained on: a name, or the last part of a path.
+
+    >>> published_name("/home/ada/scans"), published_name("hf:ylecun/mnist"), published_name("digits")
+    ('scans', 'hf:ylecun/mnist', 'digits')
+    """
+    path, mark, options = spec.partition("?")
+    return spec if spec.startswith(PREFIX) else (Path(path).expanduser().name or path) + mark + options
+
+
 def _find(spec: str, wanted: Wanted) -> tuple[ImageData, bool]:
     """The data, and whether its images are sorted by class."""
     named = {"digits": _digits, "fashion-mnist": _fashion_mnist}

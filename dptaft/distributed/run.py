@@ -14,6 +14,7 @@ from dptaft.distributed.process_group import ProcessGroup, joined, local_device
 from dptaft.distributed.ranks import RunEndedError
 from dptaft.distributed.share import Share
 from dptaft.distributed.team import Team, serve
+from dptaft.identity import Identity
 from dptaft.runs import Run, load_run
 from dptaft.training.plan import Request
 from dptaft.training.trainer import run_training
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from dptaft.learner import Progress
     from dptaft.training.account import Account
 
-Charge = Callable[["ImageData", Path, Callable[[], str]], "Account"]
+Charge = Callable[["ImageData", Path, Callable[[], Identity]], "Account"]
 
 
 def train_together(

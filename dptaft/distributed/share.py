@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dptaft.budgeting import content_of, digest_of_record, record_digests
 from dptaft.data import ImageData, Split
 from dptaft.distributed.blocks import own_part, own_range
 from dptaft.distributed.ranks import Ranks, flattened, unflattened
 from dptaft.features import tensors_digest
+from dptaft.identity import Identity, content_of, digest_of_record, held_out_marks, record_pairs
 from dptaft.learner import Cached, Learner, Progress, digest_of_blocks
 from dptaft.training.checkpoint import data_fingerprint
 from dptaft.training.clipping import Adjacency, ClippedSum
@@ -81,12 +81,15 @@ class Share:
         self._ranks.agree(lambda: _require_equal(first, mine, self._ranks.rank))
         return self.learner
 
-    def content(self, progress: Progress | None = None) -> str:
-        """Digest of all records for the ledger (empty on other processes than the first)."""
-        own = self._ranks.agree(lambda: record_digests(self._train, progress))
-        self._digests = dict(enumerate(own))
-        rows = self._ranks.collect(_rows(own))
-        return content_of(_bytes(rows)) if self._ranks.is_first else ""
+    def content(self, progress: Progress | None = None) -> Identity:
+        """What the ledger knows all records by (empty on other processes than the first)."""
+        own = self._ranks.agree(lambda: list(record_pairs(self._train, progress)))
+        self._digests = dict(enumerate(digest for digest, _ in own))
+        held = self._ranks.agree(lambda: held_out_marks(self._data, self._held_out))
+        digests = _bytes(self._ranks.collect(_rows([digest for digest, _ in own])))
+        marks = [mark for _, mark in own if mark is not None]
+        records = _bytes(self._ranks.collect(_rows([*marks, *held])))
+        return Identity(content_of(digests) if self._ranks.is_first else "", tuple(records))
 
     def features(self, progress: Progress | None = None) -> tuple[Cached | None, Cached | None]:
         """Read the images of this process, training and evaluation; None where it has none.

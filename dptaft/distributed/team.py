@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dptaft.distributed.process_group import ProcessGroup
 from dptaft.distributed.ranks import RankLostError, RunEndedError
 from dptaft.distributed.share import Share
+from dptaft.identity import Identity
 from dptaft.learner import Cached, Learner, Progress
 from dptaft.training.checkpoint import GracefulStop
 from dptaft.training.clipping import Adjacency, ClippedSum
@@ -70,8 +71,8 @@ class Team:
         self._tell("build")
         return self._share.build()
 
-    def content(self, progress: Progress | None = None) -> str:
-        """Digest of all records for the ledger."""
+    def content(self, progress: Progress | None = None) -> Identity:
+        """What the ledger knows all records by."""
         self._tell("content")
         return self._share.content(progress)
 

@@ -127,16 +127,30 @@ def _check_same_units(parts: Sequence[Part]) -> None:
 
 def _check_declaration(parts: Sequence[Part]) -> None:
     """Refuse a declaration of disjointness that the runs themselves contradict."""
-    seen: dict[str, tuple[str, Part]] = {}
-    for part in parts:
-        origin = part.partition or part.run.id
-        name = str(part.run.config["data"].get("name"))
-        before, other = seen.setdefault(name, (origin, part))
-        if before != origin:
-            raise ComposeError(
-                f"{other.label} and {part.label} were both trained on data called {name!r}, so they cannot "
-                "be declared disjoint; leave --disjoint out, or train them as shards of one partition"
-            )
+    for i, part in enumerate(parts):
+        for other in parts[:i]:
+            if (part.partition or part.run.id) == (other.partition or other.run.id):
+                continue
+            if _share_records(other, part):
+                name = str(part.run.config["data"].get("name"))
+                raise ComposeError(
+                    f"{other.label} and {part.label} were both trained on data called {name!r}, or share "
+                    "records, so they cannot be declared disjoint; leave --disjoint out, or train them as "
+                    "shards of one partition"
+                )
+
+
+def _share_records(one: Part, other: Part) -> bool:
+    """By the word of a ledger that knows the records of both, else by the name of the data."""
+    known = [
+        (str(c.get("ledger")), str(c["data_set"]), {str(name) for name in c["data_sets_with_shared_records"]})
+        for c in (_statement(part).composition for part in (one, other))
+        if "data_set" in c and isinstance(c.get("data_sets_with_shared_records"), list)
+    ]
+    if len(known) == 2 and known[0][0] == known[1][0]:
+        (_, name, shared), (_, again, more) = known
+        return again in {name, *shared} or name in more
+    return one.run.config["data"].get("name") == other.run.config["data"].get("name")
 
 
 def disjointness(parts: Sequence[Part], *, disjoint: bool) -> str:

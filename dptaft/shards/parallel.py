@@ -20,6 +20,7 @@ from dptaft.backends.attempts import Attempt, Attempts, StopRequestedError
 from dptaft.backends.driver import Work, run_work
 from dptaft.backends.holding import hold
 from dptaft.budgeting import open_account
+from dptaft.identity import record_marks
 from dptaft.prepaid import Bill, Payment, charge
 from dptaft.runs import load_run
 from dptaft.shards.collection import Shard, ShardError, load_collection
@@ -203,6 +204,7 @@ def pay(trainer: ShardTrainer, shard: Shard, output: Path) -> Payment:
         trainer.data.name,
         output.name,
         (trainer.collection.partition, shard.name),
+        lambda: record_marks(trainer.data),
     )
     pointer = root / _PAID / f"{output.name}.json"
     if not pointer.exists():

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dptaft.backends import BackendConfig
-from dptaft.budgeting import content_digest, default_ledger, open_account
+from dptaft.budgeting import default_ledger, open_account
 from dptaft.data import ImageData
+from dptaft.identity import content_digest
 from dptaft.learner import Cached, Learner, Progress
 from dptaft.runs import OutputLostError, Run, check_output
 from dptaft.shards.assignment import Assignment, assign, folder_name, named_assignment

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dptaft.budgeting import content_digest
 from dptaft.data import ImageData
+from dptaft.identity import content_digest, record_marks
 from dptaft.prepaid import Bill
 from dptaft.sweep.recipe import RecipeError
 from dptaft.training.account import Spending
@@ -40,7 +40,8 @@ class Whole:
     def bill(self, data: ImageData, run: str) -> Bill:
         """What the ledger is charged for it."""
         spending = Spending(self.mechanism, None, self.delta)
-        return Bill(spending, content_digest(data.train), data.name, run)
+        content = content_digest(data.train)
+        return Bill(spending, content, data.name, run, records=lambda: record_marks(data))
 
 
 def compose(spendings: Sequence[Spending], most_epsilon: float | None = None) -> Whole:

@@ -11,8 +11,8 @@ import torch
 
 import dptaft
 from dptaft.backends.attempts import Attempt, StopRequestedError
-from dptaft.budgeting import content_digest
 from dptaft.data import ImageData
+from dptaft.identity import content_digest
 from dptaft.learner import Learner, Progress
 from dptaft.prepaid import Payment, PaymentError
 from dptaft.runs import Run

@@ -16,7 +16,7 @@ from dptaft.training.one_shot_plan import DIAMETER, MARGIN, OneShotPlan
 from dptaft.training.optimizers import OptimizerConfig
 from dptaft.training.plan import ModelConfig, Plan, Request
 from dptaft.training.steps import Trained
-from dptaft.training.vouching import assumptions, data_accesses
+from dptaft.training.vouching import assumptions, data_accesses, held_out_by_class
 from dptaft_accounting import ConvexityCertificate, PrivacyStatement
 
 _PACKAGES = ("dptaft", "torch", "timm", "opacus", "numpy", "scipy", "cryptography", "dp-accounting")
@@ -136,6 +136,8 @@ def _claim(
         not_protected.insert(0, "records that the given head was trained on")
     if not data.classes_are_public:
         not_protected.insert(0, "the list of classes: it was taken from the data")
+    if held_out_by_class(data):
+        not_protected.insert(0, "the number of images of each class: it decides which of them are held out")
     return {
         "not_protected": not_protected,
         "public": [

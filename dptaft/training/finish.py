@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dptaft.backbones import describe_preprocessing
 from dptaft.data import ImageData
+from dptaft.data.load import published_name
 from dptaft.learner import Cached, Learner
 from dptaft.predictor import HEAD, TRAINED
 from dptaft.runs import (
@@ -258,7 +259,7 @@ def write_files(
         "engine": {"kind": prepared.learner.engine_kind},
         "backbone": described,
         "preprocessing": describe_preprocessing(backbone.preprocessing),
-        "data": {"name": request.data, "classes": list(data.classes)},
+        "data": {"name": published_name(request.data), "classes": list(data.classes)},
         **tables,
     }
     write_config(folder, config)

@@ -41,6 +41,7 @@ def data_accesses(data: ImageData, request: Request, *, tuned: bool) -> dict[str
         "number_of_records": _number(request),
         "backbone": _backbone(request),
         "evaluation": NONE if data.evaluation is None else NOT_COVERED,
+        **({"hold_out": NOT_COVERED} if held_out_by_class(data) else {}),
     }
 
 
@@ -49,6 +50,11 @@ def _number(request: Request) -> str:
     if request.privacy.adjacency != "add-remove":
         return PUBLIC
     return DECLARED if request.privacy.certified else NONE
+
+
+def held_out_by_class(data: ImageData) -> bool:
+    """Whether the numbers of private images per class decide which of them are held out."""
+    return data.evaluation is not None and "replace-one" in data.unstable_under
 
 
 def _backbone(request: Request) -> str:

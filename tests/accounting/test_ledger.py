@@ -383,12 +383,21 @@ def test_versions_of_a_data_set_without_budget_are_summed(ledger):
     assert ledger.account("scans").versions == 2
 
 
-def test_version_of_needs_a_known_name_and_a_new_content(limited):
+def test_version_of_needs_a_known_name_and_shares_what_another_data_set_has(limited):
     with pytest.raises(LedgerError, match="knows no data set 'other'; known: scans"):
         limited.register("b", "other", version_of=True)
     limited.register("b", "other")
-    with pytest.raises(LedgerError, match="belongs to the data set 'other' already"):
-        limited.register("b", "scans", version_of=True)
+    spend(limited, 0.4, content="b")
+    assert limited.account("scans").spent.mu == 0
+    assert limited.register("b", "scans", version_of=True) == "other"
+    assert Decimal("0.4") <= limited.account("scans").spent.mu < Decimal("0.4001")
+    with pytest.raises(BudgetExceededError, match="the total of 'scans'"):
+        reserve(limited, 0.7, content="b")
+    limited.register("d", "third")
+    spend(limited, 0.7, content="d")
+    with pytest.raises(LedgerError, match="declare a larger one"):
+        limited.register("d", "scans", version_of=True)
+    assert limited.near("d") == ["third"]
     with pytest.raises(LedgerError, match="needs a printable name"):
         limited.register("c", "a\nb")
 

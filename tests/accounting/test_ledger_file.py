@@ -330,10 +330,11 @@ def test_network_file_systems_are_refused(tmp_path):
 
     device = tmp_path.stat().st_dev
     line = f"36 35 {os.major(device)}:{os.minor(device)} / {tmp_path} rw,noatime master:1 - %s server:/x rw\n"
-    for kind in ("nfs4", "cifs", "fuse.sshfs"):
+    for kind in ("nfs4", "cifs", "fuse", "fuse.sshfs", "fuse.s3fs", "fuse.juicefs", "fuse.mount-s3"):
         with pytest.raises(LedgerError, match=f"network file system {kind}"):
             ledger_file.refuse_network(tmp_path, lambda kind=kind: line % kind)
-    ledger_file.refuse_network(tmp_path, lambda: line % "ext4")
+    for kind in ("ext4", "fuseblk", "fuse.fuse-overlayfs"):
+        ledger_file.refuse_network(tmp_path, lambda kind=kind: line % kind)
     ledger_file.refuse_network(tmp_path, lambda: "nonsense\n\n")
 
 

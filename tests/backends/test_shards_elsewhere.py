@@ -107,8 +107,8 @@ def test_a_finished_call_trains_and_charges_nothing_again(both, few):
 
 
 def test_a_budget_that_is_too_small_stops_all_shards_before_any_is_trained(few, tmp_path):
-    from dptaft.budgeting import content_digest
     from dptaft.data import load_data
+    from dptaft.identity import content_digest
 
     ledger = Ledger.create(tmp_path / "ledger.sqlite")
     name = ledger.register(content_digest(load_data(few, classes=CLASSES).train), "few")

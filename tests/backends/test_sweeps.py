@@ -204,7 +204,7 @@ def test_points_that_may_still_be_trained_are_named_and_left_alone(swept, tmp_pa
 def test_other_machines_refuse_other_data_and_lost_one_shot_points(tmp_path):
     """The same path leads to other records; and what cannot go on is not begun again."""
     from dptaft.backends.attempts import Attempts
-    from dptaft.budgeting import content_digest
+    from dptaft.identity import content_digest
     from dptaft.prepaid import Payment, PaymentError
     from dptaft.sweep.points import group, load_source
     from dptaft.sweep.work import Worker, run_task

@@ -3,8 +3,8 @@ import rank_tasks
 import torch
 from ranks import succeeded, together
 
-from dptaft.budgeting import content_digest
 from dptaft.distributed.blocks import own_range
+from dptaft.identity import identify
 from dptaft.training.plan import Sampling
 
 FULL = Sampling("full-batch")
@@ -51,7 +51,7 @@ def test_clipped_sums_are_those_of_one_process(size, alone):
             assert whole.norm() > 0.1, name
         assert mine["sensitivity"] == expected["sensitivity"], name
         assert mine["digest"] == expected["digest"], name
-        assert mine["content"] == content_digest(rank_tasks.data().train), name
+        assert mine["content"] == identify(rank_tasks.data()), name
         torch.testing.assert_close(mine["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
         assert torch.equal(mine["finite"], expected["finite"])
     cyclic, fused_head = found["cyclic"], alone["cyclic"]
