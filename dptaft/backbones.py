@@ -20,16 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dptaft.bundled import STARTERS
 from dptaft.features import tensors_digest
 from dptaft.scattering import ScatteringEmbed
 from dptaft.tangent.initialise import initialise_head
 
-STARTER = "starter"
-STARTERS = {
-    STARTER: ("starter", "bundled; pretrained on rendered characters only"),
-    "starter-scattering": ("scattering", "bundled; fitted to rendered silhouettes and characters only"),
-}
-"""Bundled backbones: name of their files and where the weights come from."""
 _STARTER_FILES = files("dptaft") / "starter"
 _LONGEST = 16
 """Longer images, relative to their shorter side, are cut before they are resized."""

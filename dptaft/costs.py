@@ -10,7 +10,8 @@ import timm
 import torch
 from torch import nn
 
-from dptaft.backbones import STARTERS, BackboneError, load_backbone
+from dptaft.backbones import BackboneError, load_backbone
+from dptaft.bundled import STARTERS
 from dptaft.tangent.choose import tangent_operator
 from dptaft.tangent.initialise import initialise_head
 from dptaft.tangent.model import TangentModel

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dptaft.backbones import STARTERS
+from dptaft.bundled import STARTERS
 from dptaft.data import ImageData, ItemPixels, Split
 from dptaft.estimate_probe import Probe, existing_folder, measure
 from dptaft.estimate_room import INDEX_BYTES, available_memory, require_memory

@@ -26,6 +26,7 @@ from dptaft.budgeting import LedgerAccount
 from dptaft.data import ImageData, as_pixels
 from dptaft.feature_cache import read_features, write_features
 from dptaft.features import boundary_of
+from dptaft.identity import Identity
 from dptaft.learner import FEATURE_BATCH, Cached, Learner, PixelDigest
 from dptaft.tangent.operator import Features
 from dptaft.training.account import Account, NoAccount
@@ -397,7 +398,8 @@ def _bookkeeping(
         return 0.0, 0.0
     labels, spending = torch.zeros(len(features), dtype=torch.int64), prepared.spending()
     with _scratch(Path.cwd()) as scratch:
-        account = LedgerAccount(scratch / "ledger.sqlite", data, scratch / "run", content=_KEY)
+        known = Identity(_KEY, ())  # records that are only counted have no pixels to know them by
+        account = LedgerAccount(scratch / "ledger.sqlite", data, scratch / "run", content=lambda: known)
         start_s = _once(lambda: account.reserve(spending))
         try:
             with _rehearsal(prepared, request, features, labels, account) as state:

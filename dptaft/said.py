@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dptaft.bundled import has_public_weights
 from dptaft_accounting import best_bound, mechanism_from_dict
 from dptaft_accounting.errors import AccountingError
 
@@ -192,8 +193,7 @@ class RunSays:
 
     def _public_backbone(self) -> bool:
         model = self._config["model"]
-        weights = model.get("weights")
-        return weights == "random" or (model.get("name"), weights) == ("starter", "pretrained")
+        return has_public_weights(model.get("name"), model.get("weights"))
 
     def _of_training(self) -> dict[str, Any]:
         found = self._config.get("training", {})

@@ -7,7 +7,8 @@ from builders import small_data
 from safetensors.torch import load_file
 
 from dptaft import load_data, train
-from dptaft.backbones import STARTERS, load_backbone
+from dptaft.backbones import load_backbone
+from dptaft.bundled import STARTERS
 from dptaft.tangent.model import TangentModel
 from dptaft.verification import verify
 from dptaft_accounting.policy import Policy

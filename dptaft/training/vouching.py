@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dptaft.backbones import STARTERS
+from dptaft.bundled import has_public_weights
 from dptaft.data import ImageData
 from dptaft.training.one_shot_plan import OneShotPlan
 from dptaft.training.plan import Plan, Request
@@ -59,10 +59,7 @@ def held_out_by_class(data: ImageData) -> bool:
 
 def _backbone(request: Request) -> str:
     """Bundled and untrained weights never saw the records; for all others the user's choice is his word."""
-    model = request.model
-    if model.weights == "random" or (model.name in STARTERS and model.weights == "pretrained"):
-        return PUBLIC
-    return DECLARED
+    return PUBLIC if has_public_weights(request.model.name, request.model.weights) else DECLARED
 
 
 def assumptions(

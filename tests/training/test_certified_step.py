@@ -16,7 +16,8 @@ from dptaft.training.losses import CrossEntropy, HuberSquareLoss
 from dptaft.training.noise import NoiseSource
 from dptaft.training.optimizers import OptimizerConfig, build_optimizer
 from dptaft.training.plan import PrivacyConfig, Sampling
-from dptaft_accounting import FullBatchGaussian, best_bound
+from dptaft_accounting import FullBatchGaussian, best_bound, convexity
+from dptaft_accounting.convexity import LossConstants
 from dptaft_accounting.errors import CertificateError
 
 CLASSES, WEIGHTS = 3, 4
@@ -48,6 +49,12 @@ class DenseOperator:
 
 
 STEPS = 40
+
+
+def with_own_constants(monkeypatch, loss):
+    """Certificates know a loss by its name; these tests try it with other parameters than training has."""
+    own = LossConstants(loss.cotangent_bound(CLASSES), loss.smoothness(CLASSES), scalar=False)
+    monkeypatch.setitem(convexity.TRAINED_LOSSES, loss.name, lambda classes: own)
 
 
 def planned(loss, records, **optimizer):
@@ -148,7 +155,8 @@ class RowHuber(HuberSquareLoss):
     ("loss", "search"),
     [(CrossEntropy(), CrossEntropy()), (HuberSquareLoss(kappa=2.0, residual_norm=2.0), None)],
 )
-def test_no_step_expands_more_than_the_certificate_says(records, loss, search):
+def test_no_step_expands_more_than_the_certificate_says(records, loss, search, monkeypatch):
+    with_own_constants(monkeypatch, loss)
     plan = planned(loss, records)
     c = plan.certify(FullBatchGaussian(5.0, steps=STEPS, released="last-iterate")).contractions[0]
     assert c == pytest.approx(plan.contraction)
@@ -183,8 +191,9 @@ def test_a_step_size_beyond_the_certificate_is_refused_and_does_expand():
 @pytest.mark.parametrize(
     "loss", [CrossEntropy(), HuberSquareLoss(), HuberSquareLoss(alpha=3.0, kappa=2.0, residual_norm=1.5)]
 )
-def test_no_gradient_reaches_the_clip_norm(loss):
+def test_no_gradient_reaches_the_clip_norm(loss, monkeypatch):
     """Clipping never acts, so that the trained loss is the convex one."""
+    with_own_constants(monkeypatch, loss)
     plan = planned(loss, 10)
     generator = torch.Generator().manual_seed(1)
     jacobians = torch.randn(200, CLASSES, WEIGHTS, generator=generator, dtype=torch.float64)
@@ -201,13 +210,14 @@ def test_no_gradient_reaches_the_clip_norm(loss):
 
 
 @pytest.mark.parametrize("steps", [1, 7, 60])
-def test_the_bound_is_attained_by_a_linear_loss(steps):
+def test_the_bound_is_attained_by_a_linear_loss(steps, monkeypatch):
     """Far in the linear part of the loss a record shifts every step equally: the exact privacy is known.
 
     The shift is measured on the code that trains, and the noise of the chain follows from the noise of a
     step; the bound must lie above, and here (a tight case) only by the allowance for rounding.
     """
     loss = HuberSquareLoss(kappa=1e6, residual_norm=1.0)
+    with_own_constants(monkeypatch, loss)
     plan = design(
         PrivacyConfig(epsilon=3.0, steps=steps),
         loss,
