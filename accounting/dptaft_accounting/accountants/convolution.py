@@ -44,6 +44,7 @@ _LEVEL = 8.0  # roundings per level of a transform
 _LOG_LIMIT = 700.0
 _NO_MASS = 1e-300  # sums of masses that a float cannot hold
 _MOST_TURNS = 400
+_LEAST_ORDER = 1e-40  # over the largest
 _LARGEST_ORDER = 100.0  # over the interval: of two neighbours on the lattice only the larger counts there
 
 
@@ -59,17 +60,26 @@ class Parts:
         self.interval = self.parts[0][0].interval
         if any(pmf.interval != self.interval for pmf, _ in self.parts):
             raise AccountingError("privacy loss distributions on different lattices cannot be composed")
-        # (losses, log masses, count) of the points that carry mass
+        # (indices on the lattice, losses, log masses, count) of the points that carry mass
         self.points = []
         for pmf, count in self.parts:
             held = np.flatnonzero(pmf.mass > 0)
-            self.points.append((pmf.losses[held], np.log(pmf.mass[held]), count))
+            logs = np.log(pmf.mass[held])
+            if len(held) == 0:  # all losses are infinite: any point will do
+                held, logs = np.zeros(1, dtype=np.int64), np.array([math.log(_NO_MASS)])
+            index = pmf.start + held
+            self.points.append((index, self.interval * index.astype(np.float64), logs, count))
         self._known: dict[float, float] = {}
 
     @cached_property
     def infinite(self) -> float:
         """Probability that any of the losses is infinite."""
         return -math.expm1(sum(n * math.log1p(-min(pmf.infinite, 1 - 1e-16)) for pmf, n in self.parts))
+
+    @cached_property
+    def largest(self) -> float:
+        """Largest finite loss of the composition."""
+        return self.interval * sum(count * int(index[-1]) for index, _, _, count in self.points)
 
     @property
     def count(self) -> int:
@@ -80,14 +90,14 @@ class Parts:
         """K(order)."""
         if order not in self._known:
             self._known[order] = math.fsum(
-                count * _log_sum(logs + order * losses) for losses, logs, count in self.points
+                count * _log_sum(logs + order * losses) for _, losses, logs, count in self.points
             )
         return self._known[order]
 
     def scale(self, tilt: float) -> float:
         """Standard deviation of the tilted sum of losses."""
         variance = 0.0
-        for losses, logs, count in self.points:
+        for _, losses, logs, count in self.points:
             exponents = logs + tilt * losses
             weights = np.exp(exponents - np.max(exponents))
             weights /= np.sum(weights)
@@ -102,7 +112,7 @@ class Parts:
         for sign in (-1, 1):
             found = self._least(partial(self._excess, tilt, sign), start)
             ends.append(found[1] + (wrong + self.rounding(tilt + sign * found[0])) / found[0])
-        return -ends[0], ends[1]
+        return -ends[0], min(ends[1], self.largest)
 
     def _excess(self, tilt: float, sign: int, order: float) -> float:
         return self.log_moment(tilt + sign * order) - self.log_moment(tilt) + _SLACK
@@ -143,7 +153,7 @@ class Parts:
     def rounding(self, tilt: float) -> float:
         """Bound on the logarithm of what rounding the exponents of a tilt does to the masses."""
         total = 0.0
-        for losses, logs, count in self.points:
+        for _, losses, logs, count in self.points:
             exponents = logs + tilt * losses
             kept = exponents > np.max(exponents) - 80
             size = np.max(np.abs(tilt * losses[kept]) + np.abs(logs[kept]))
@@ -170,7 +180,7 @@ def _descend(value: Callable[[float], float], start: float, most: float) -> tupl
     best = value(at)
     for factor in (0.5, 2.0, 0.8, 1.25):
         for _ in range(_MOST_TURNS):
-            if at * factor > most or not (found := value(at * factor)) < best:
+            if not most * _LEAST_ORDER < at * factor <= most or not (found := value(at * factor)) < best:
                 break
             best, at = found, at * factor
     return at, best
@@ -199,11 +209,10 @@ def compose_parts(parts: Parts, tilt: float) -> LossPmf:
     error, scale = _LEVEL * _ROUNDING * math.log2(size), parts.rounding(tilt)
     product = np.ones(size // 2 + 1, dtype=np.complex128)
     log_most, log_grown = np.zeros(len(product)), np.zeros(len(product))
-    for (losses, logs, count), (pmf, _) in zip(parts.points, parts.parts, strict=True):
+    for index, losses, logs, count in parts.points:
         exponents = logs + tilt * losses
         weights = np.exp(exponents - _log_sum(exponents))
-        index = (pmf.start + np.flatnonzero(pmf.mass > 0)) % size
-        transform = np.fft.rfft(np.bincount(index, weights=weights, minlength=size))
+        transform = np.fft.rfft(np.bincount(index % size, weights=weights, minlength=size))
         length = np.abs(transform)
         log_most += count * np.log(length + error)
         with np.errstate(divide="ignore"):
@@ -211,12 +220,14 @@ def compose_parts(parts: Parts, tilt: float) -> LossPmf:
         product *= _power(transform, count)
     wrong = -np.exp(np.minimum(log_most, _LOG_LIMIT)) * np.expm1(-log_grown)
     wrong += np.abs(product) * (error + 5 * _ROUNDING * parts.count)
-    entry = 2 * float(np.sum(wrong)) / size
+    entry = min(1.0, 2 * float(np.sum(wrong)) / size)
     weights = np.maximum(np.roll(np.fft.irfft(product, size), -(first % size)), 0.0) + entry
     losses = parts.interval * (first + np.arange(size, dtype=np.float64))
     top = parts.log_moment(tilt) + scale
     mass = weights * np.exp(np.minimum(top - tilt * losses, _LOG_LIMIT))
-    infinite = (2.0 if tilt == 0 else 1.0) * math.exp(min(top - tilt * high - _SLACK, 0.0)) + _NO_MASS
+    infinite = _NO_MASS + (math.exp(-_SLACK) if tilt == 0 else 0.0)
+    if high < parts.largest:
+        infinite += math.exp(min(top - tilt * high - _SLACK, 0.0))
     floor = -math.inf if tilt == 0 else float(losses[0])
     return LossPmf(
         parts.interval,

@@ -18,6 +18,7 @@ _SUM_ERROR = 1 + 1e-10  # covers the rounding of long cumulative sums
 _CURVE_TAIL = 1e-13
 _CURVE_RANGE = 60.0
 _CURVE_POINTS = 20_000
+_COARSEST = 10.0
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,9 @@ def pmf_of_curve(curve: Profile, interval: float, tail: float = _CURVE_TAIL) -> 
         interval: distance of lattice points.
         tail: the lattice goes on until delta falls below this, or to epsilon 600 at most.
     """
-    top, most = 1.0, _CURVE_RANGE if tail >= _CURVE_TAIL else _EXP_RANGE / 1.25
-    while curve.delta(top) > tail and top < most:
-        top *= 1.25
-    count = math.ceil(top / interval)
+    if interval > _COARSEST:
+        return LossPmf(interval, 0, np.zeros(1), 1.0)
+    count = math.ceil(curve_range(curve, tail) / interval)
     stride = max(1, count // _CURVE_POINTS)
     positive = interval * np.arange(0, count + stride, stride)
     deltas = np.minimum.accumulate([curve.delta(float(eps)) for eps in positive])
@@ -134,6 +134,14 @@ def pmf_of_curve(curve: Profile, interval: float, tail: float = _CURVE_TAIL) -> 
     weights = np.clip((slopes - before) * x, 0.0, None)
     mass: Array = np.bincount(index - index[0], weights=weights).astype(np.float64)
     return LossPmf(interval, int(index[0]), mass, float(y[-1]))
+
+
+def curve_range(curve: Profile, tail: float = _CURVE_TAIL) -> float:
+    """Epsilon where the curve falls below `tail`, or the largest that is looked at."""
+    top, most = 1.0, _CURVE_RANGE if tail >= _CURVE_TAIL else _EXP_RANGE / 1.25
+    while curve.delta(top) > tail and top < most:
+        top *= 1.25
+    return top
 
 
 def _lower_hull(x: Array, y: Array) -> list[int]:

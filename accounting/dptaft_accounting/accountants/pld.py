@@ -18,7 +18,7 @@ import numpy as np
 
 from dptaft_accounting import _checks as check
 from dptaft_accounting.accountants.convolution import Array, Parts, compose, compose_parts, window_cells
-from dptaft_accounting.accountants.loss_pmf import LossPmf, pmf_of_curve
+from dptaft_accounting.accountants.loss_pmf import LossPmf, curve_range, pmf_of_curve
 from dptaft_accounting.accountants.mixture import REACH, Mixture, discretise_wide
 from dptaft_accounting.tradeoff import Profile
 
@@ -204,7 +204,8 @@ def compose_all(
     """Composes pairs of Gaussian mixtures together with mechanisms that are known by a curve alone."""
 
     def build(interval: float, reach: float, tail: float) -> list[tuple[Pair, int]]:
-        interval = max(interval, _room(mixtures, reach)) if mixtures else interval
+        interval = max([interval, *(_room(pair, reach) for pair, _ in mixtures)])
+        interval = max([interval, *(2 * curve_range(curve, tail) / _MAX_CELLS for curve, _ in curves)])
         pairs = [(mixture.pmfs(interval, reach), count) for mixture, count in mixtures]
         for curve, count in curves:
             pmf = pmf_of_curve(curve, interval, tail)
@@ -224,13 +225,10 @@ def compose_pairs(pairs: Sequence[tuple[Pair, int]]) -> PldProfile:
     return PldProfile(lambda interval, reach, tail: held, held[0][0][0].interval)
 
 
-def _room(parts: Sequence[tuple[Mixture, int]], reach: float) -> float:
+def _room(mixture: Mixture, reach: float) -> float:
     """Smallest lattice interval on which the losses of one step within this reach fit."""
-    widest = 0.0
-    for mixture, _ in parts:
-        ends = mixture.loss(np.array([-reach, max(mixture.shifts) + reach]))
-        widest = max(widest, float(ends[1] - ends[0]))
-    return widest / _MAX_CELLS
+    ends = mixture.loss(np.array([-reach, max(mixture.shifts) + reach]))
+    return float(ends[1] - ends[0]) / _MAX_CELLS
 
 
 def _interval(parts: Sequence[tuple[Mixture, int]], fineness: float) -> float:
@@ -241,7 +239,7 @@ def _interval(parts: Sequence[tuple[Mixture, int]], fineness: float) -> float:
         narrow, wide = _loss_stds(mixture)
         smallest = min(smallest, narrow * max(1.0, math.sqrt(total / count) / 10))
         variance += count * wide**2
-    room = max(_room(parts, REACH), 20 * math.sqrt(variance) / _MAX_CELLS)
+    room = max(20 * math.sqrt(variance) / _MAX_CELLS, *(_room(mixture, REACH) for mixture, _ in parts))
     return max(min(fineness * smallest, _MAX_INTERVAL), room)
 
 
