@@ -28,6 +28,7 @@ _UP = 1 + 1e-14
 _LEAST_MU, _MOST_MU = 1e-6, 1e4
 _LARGEST_GROUP = 64
 _MOST_PAIRS = 24
+_MOST_PIECES = 1000
 _MOST_CURVES = 64
 
 
@@ -141,8 +142,9 @@ def _numerical(mechanism: Mechanism) -> Profile:
     if len(curves) > _MOST_CURVES:
         raise MechanismError(f"{len(curves)} different parts are too many; at most {_MOST_CURVES}")
     mixtures = [(Mixture.poisson(*pair), count) for pair, count in _few(sampled).items()]
-    if mu > 0:
-        mixtures.append((Mixture.gaussian(max(mu, _LEAST_MU)), 1))
+    if mu > 0:  # in as many pieces as there were, for the lattice to be as fine
+        pieces = min(sum(count for _, count in mus), _MOST_PIECES)
+        mixtures.append((Mixture.gaussian(max(mu / math.sqrt(pieces), _LEAST_MU)), pieces))
     return compose_all(mixtures, list(curves.items()))
 
 

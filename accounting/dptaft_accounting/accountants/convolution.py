@@ -10,12 +10,12 @@ accurate in absolute terms alone).
 
 **Rounding.** Every output of a Cooley-Tukey transform of N = 2^a 3^b 5^c nonnegative inputs is a sum in which
 each input passes through at most log2 N levels of additions and multiplications by roots of unity, so its
-error is at most e = 8 u log2(N) sum |x| (u = 2^-53; Higham 2002, "Accuracy and stability of numerical
+error is at most e = 8 u log2(N) sum |x| (u: unit roundoff; Higham 2002, "Accuracy and stability of numerical
 algorithms", section 24.1). With f_i the computed transforms, |prod (f_i + e_i)^n_i - prod f_i^n_i| is at most
 prod (|f_i| + |e_i|)^n_i - prod |f_i|^n_i at every frequency, repeated squaring adds a relative error of at
 most 5 u n_i, and an entry of w is the mean of these over the frequencies plus e for the transform back. This
-number is added to every entry. Tilting rounds the exponents, which scales all masses by at most exp(sum n_i
-r_i); so much is multiplied on.
+number is added to every entry. Every w_i is first multiplied by what rounding its exponent may have taken.
+Any K serves in the identity above, so that its own rounding does no harm.
 
 **Window.** N lattice points carry w except for at most 1e-16 on either side, by Chernoff's bound P(l > h) <=
 exp(K(t + a) - K(t) - a h). What wraps around adds to the masses. What lies above the window counts as
@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,14 +37,17 @@ from dptaft_accounting.accountants.loss_pmf import LossPmf
 from dptaft_accounting.errors import AccountingError
 
 Array = NDArray[np.float64]
-Complex = NDArray[np.complex128]
+Complex = NDArray[np.complexfloating[Any, Any]]
 
 _SLACK = -math.log(1e-16)
 _ROUNDING = 2.0**-53
 _LEVEL = 8.0  # roundings per level of a transform
 _LOG_LIMIT = 700.0
+_LAST = 1e-12  # covers the rounding of the last exponents
+_LEAST_MASS = 1e-295  # of a point; exp(700) times it is still above 1
 _NO_MASS = 1e-300  # sums of masses that a float cannot hold
 _MOST_TURNS = 400
+_MANY = 10_000  # steps from which on transforms without tilt use the longest floats of the machine
 _LEAST_ORDER = 1e-40  # over the largest
 _LARGEST_ORDER = 100.0  # over the interval: of two neighbours on the lattice only the larger counts there
 
@@ -60,21 +64,26 @@ class Parts:
         self.interval = self.parts[0][0].interval
         if any(pmf.interval != self.interval for pmf, _ in self.parts):
             raise AccountingError("privacy loss distributions on different lattices cannot be composed")
-        # (indices on the lattice, losses, log masses, count) of the points that carry mass
+        # (indices on the lattice, losses, masses, count) of the points that carry mass
         self.points = []
         for pmf, count in self.parts:
-            held = np.flatnonzero(pmf.mass > 0)
-            logs = np.log(pmf.mass[held])
+            held = np.flatnonzero(pmf.mass > _LEAST_MASS)
+            masses = pmf.mass[held]
             if len(held) == 0:  # all losses are infinite: any point will do
-                held, logs = np.zeros(1, dtype=np.int64), np.array([math.log(_NO_MASS)])
+                held, masses = np.zeros(1, dtype=np.int64), np.array([_NO_MASS])
             index = pmf.start + held
-            self.points.append((index, self.interval * index.astype(np.float64), logs, count))
+            self.points.append((index, self.interval * index.astype(np.float64), masses, count))
+        self._logs = [np.log(masses) for _, _, masses, _ in self.points]
         self._known: dict[float, float] = {}
 
     @cached_property
     def infinite(self) -> float:
-        """Probability that any of the losses is infinite."""
-        return -math.expm1(sum(n * math.log1p(-min(pmf.infinite, 1 - 1e-16)) for pmf, n in self.parts))
+        """Probability that any of the losses is infinite, or of a mass too small to scale."""
+        log_finite = 0.0
+        for pmf, count in self.parts:
+            dropped = float(np.sum(pmf.mass, where=pmf.mass <= _LEAST_MASS))
+            log_finite += count * math.log1p(-min(pmf.infinite + dropped, 1 - 1e-16))
+        return -math.expm1(log_finite)
 
     @cached_property
     def largest(self) -> float:
@@ -90,14 +99,24 @@ class Parts:
         """K(order)."""
         if order not in self._known:
             self._known[order] = math.fsum(
-                count * _log_sum(logs + order * losses) for _, losses, logs, count in self.points
+                count * _log_sum(logs + order * losses)
+                for (_, losses, _, count), logs in zip(self.points, self._logs, strict=True)
             )
         return self._known[order]
+
+    def log_moments(self, tilt: float) -> list[float]:
+        """K of one copy of every distribution; 0 without tilt, where nothing needs scaling."""
+        if tilt == 0:
+            return [0.0] * len(self.points)
+        return [
+            _log_sum(logs + tilt * losses)
+            for (_, losses, _, _), logs in zip(self.points, self._logs, strict=True)
+        ]
 
     def scale(self, tilt: float) -> float:
         """Standard deviation of the tilted sum of losses."""
         variance = 0.0
-        for _, losses, logs, count in self.points:
+        for (_, losses, _, count), logs in zip(self.points, self._logs, strict=True):
             exponents = logs + tilt * losses
             weights = np.exp(exponents - np.max(exponents))
             weights /= np.sum(weights)
@@ -153,7 +172,7 @@ class Parts:
     def rounding(self, tilt: float) -> float:
         """Bound on the logarithm of what rounding the exponents of a tilt does to the masses."""
         total = 0.0
-        for _, losses, logs, count in self.points:
+        for (_, losses, _, count), logs in zip(self.points, self._logs, strict=True):
             exponents = logs + tilt * losses
             kept = exponents > np.max(exponents) - 80
             size = np.max(np.abs(tilt * losses[kept]) + np.abs(logs[kept]))
@@ -176,7 +195,7 @@ def _least_ratio(value: Callable[[float], float], start: float, most: float) -> 
 
 def _descend(value: Callable[[float], float], start: float, most: float) -> tuple[float, float]:
     """Point in (0, most] where a function that falls and then rises is small, with its value there."""
-    at = min(start, most)
+    at = min(max(start, 2 * most * _LEAST_ORDER), most)
     best = value(at)
     for factor in (0.5, 2.0, 0.8, 1.25):
         for _ in range(_MOST_TURNS):
@@ -206,24 +225,32 @@ def compose_parts(parts: Parts, tilt: float) -> LossPmf:
     low, high = parts.window(tilt)
     first = math.floor(low / parts.interval)
     size = _fast_length(math.ceil(high / parts.interval) - first + 2)
-    error, scale = _LEVEL * _ROUNDING * math.log2(size), parts.rounding(tilt)
-    product = np.ones(size // 2 + 1, dtype=np.complex128)
+    kind = np.longdouble if tilt == 0 and parts.count > _MANY else np.float64
+    product = np.fft.rfft(np.append(np.ones(1, dtype=kind), np.zeros(size - 1, dtype=kind)))
+    unit = float(np.finfo(product.real.dtype).eps) / 2
+    error = _LEVEL * unit * math.log2(size)
     log_most, log_grown = np.zeros(len(product)), np.zeros(len(product))
-    for index, losses, logs, count in parts.points:
-        exponents = logs + tilt * losses
-        weights = np.exp(exponents - _log_sum(exponents))
-        transform = np.fft.rfft(np.bincount(index % size, weights=weights, minlength=size))
-        length = np.abs(transform)
+    for (index, losses, masses, count), top in zip(parts.points, parts.log_moments(tilt), strict=True):
+        exponents = tilt * losses
+        rounding = 2 * _ROUNDING * (np.abs(exponents) + abs(top) + 8) if tilt else 0.0
+        weights = masses * np.exp(exponents - top + rounding)
+        folded = np.bincount(index % size, weights=weights, minlength=size).astype(kind)
+        transform = np.fft.rfft(folded)
+        length = np.abs(transform).astype(np.float64)
         log_most += count * np.log(length + error)
         with np.errstate(divide="ignore"):
             log_grown += count * np.log1p(error / length)
-        product *= _power(transform, count)
+        product = product * _power(transform, count)
     wrong = -np.exp(np.minimum(log_most, _LOG_LIMIT)) * np.expm1(-log_grown)
-    wrong += np.abs(product) * (error + 5 * _ROUNDING * parts.count)
+    wrong += np.abs(product).astype(np.float64) * (error + 5 * unit * parts.count)
     entry = min(1.0, 2 * float(np.sum(wrong)) / size)
-    weights = np.maximum(np.roll(np.fft.irfft(product, size), -(first % size)), 0.0) + entry
+    back = np.fft.irfft(product, size).astype(np.float64)
+    weights = np.maximum(np.roll(back, -(first % size)), 0.0) + entry
     losses = parts.interval * (first + np.arange(size, dtype=np.float64))
-    top = parts.log_moment(tilt) + scale
+    top = (
+        math.fsum(n * k for (_, _, _, n), k in zip(parts.points, parts.log_moments(tilt), strict=True))
+        + _LAST
+    )
     mass = weights * np.exp(np.minimum(top - tilt * losses, _LOG_LIMIT))
     infinite = _NO_MASS + (math.exp(-_SLACK) if tilt == 0 else 0.0)
     if high < parts.largest:

@@ -41,6 +41,7 @@ Builder: TypeAlias = Callable[[float, float, float], list[tuple[Pair, int]]]
 _MAX_CELLS = 1 << 20
 _FINENESS = 0.02  # lattice interval over the standard deviation of the loss of one step
 _MAX_INTERVAL = 1e-3
+_LEAST_DELTA = 1e-290
 _LARGE_DELTA = 1e-3  # no tilt above it
 _FINE = 1e-3  # share of delta that the allowance for rounding may take without another tilt
 _REFINEMENTS = 3
@@ -84,8 +85,10 @@ class PldProfile:
         return max(self._delta(side, epsilon) for side in (0, 1))
 
     def epsilon(self, delta: float) -> float:
-        """Larger epsilon of the two directions."""
+        """Larger epsilon of the two directions; infinity below 1e-290, which masses cannot resolve."""
         delta = check.probability("delta", delta)
+        if delta < _LEAST_DELTA:
+            return math.inf
         return max(self._epsilon(side, delta) for side in (0, 1))
 
     def _delta(self, side: int, epsilon: float) -> float:
@@ -162,7 +165,7 @@ class PldProfile:
     def lattice(self) -> tuple[Array, Array]:
         """Nonnegative epsilons with delta there, both directions together."""
         curves = [[self._at(side, tilt).delta_on_lattice() for side in (0, 1)] for tilt in (None, 0)]
-        grid = max((curve[0] for pair in curves for curve in pair), key=len)
+        grid = np.unique(np.concatenate([curve[0] for pair in curves for curve in pair]))
         values = [[_interpolate_up(grid, *curve) for curve in pair] for pair in curves]
         return grid, np.maximum(*(np.minimum(a, b) for a, b in zip(*values, strict=True)))
 

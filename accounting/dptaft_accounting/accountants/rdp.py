@@ -17,7 +17,7 @@ ORDERS: tuple[float, ...] = (
     *(float(k) for k in range(19, 64)),
     *(float(64 * 2 ** (k / 4)) for k in range(13)),
 )
-_ROUNDING = 1e-11  # of the logarithm of a moment: the peer cuts its series at 1e-13 and sums logarithms
+_ROUNDING = 1e-12  # of the logarithm of a moment: the peer cuts its series at 1e-13 and sums logarithms
 
 
 @dataclass(frozen=True)
