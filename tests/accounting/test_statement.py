@@ -138,7 +138,9 @@ def test_weaker_readings_than_the_recomputed_ones_are_valid():
     rows = [{**row, "epsilon": row["epsilon"] * 1.01} for row in statement.accounting["delta_to_epsilon"]]
     assert tampered(("accounting", "delta_to_epsilon"), rows).holds
     assert not tampered(("accounting", "delta_to_epsilon"), rows[1:]).holds
-    stronger = [{**row, "epsilon": row["epsilon"] * 0.99999} for row in statement.accounting["delta_to_epsilon"]]
+    stronger = [
+        {**row, "epsilon": row["epsilon"] * 0.99999} for row in statement.accounting["delta_to_epsilon"]
+    ]
     assert not tampered(("accounting", "delta_to_epsilon"), stronger).holds
     assert tampered(("risk", "advantage"), 1.0).holds
     assert not tampered(("risk", "bayes_error"), 0.5).holds

@@ -263,7 +263,7 @@ def compose_parts(parts: Parts, tilt: float) -> LossPmf:
         min(1.0, parts.infinite + infinite),
         floor,
         tilt,
-        top + math.log(entry),
+        top + math.log(max(entry, _NO_MASS)),
     )
 
 

@@ -45,6 +45,7 @@ _LEAST_DELTA = 1e-290
 _LARGE_DELTA = 1e-3  # no tilt above it
 _FINE = 1e-3  # share of delta that the allowance for rounding may take without another tilt
 _REFINEMENTS = 3
+_LATTICES = 6
 _MANY = 100_000  # steps beyond which rounding shows without tilt
 _FARTHEST_REACH = 37.5  # a standard normal exceeds it with probability 5e-308
 _FINEST_TAIL = 1e-13
@@ -153,13 +154,14 @@ class PldProfile:
     def _compose(self, side: int, tilt: int | None, order: Callable[[Parts], float]) -> LossPmf:
         """One direction composed with the tilt `order` gives, on the first lattice that has room."""
         interval = self.interval
-        while True:
+        for _ in range(_LATTICES):
             parts = self._parts(tilt, interval)[side]
             at = order(parts)
             cells = window_cells(parts, at)
             if cells <= _MAX_CELLS:
                 return compose_parts(parts, at)
             interval *= 1.1 * cells / _MAX_CELLS
+        return LossPmf(interval, 0, np.zeros(1), 1.0)  # no lattice holds so many steps: only moments are left
 
     @cached_property
     def lattice(self) -> tuple[Array, Array]:
