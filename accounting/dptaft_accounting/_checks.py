@@ -10,13 +10,17 @@ from numbers import Integral, Real
 from dptaft_accounting.errors import AccountingError
 
 _DIGITS = Context(prec=9, rounding=ROUND_CEILING)
+_LARGEST_WHOLE = 2**63 - 1
 
 
 def real(name: str, value: object, error: type[AccountingError] = AccountingError) -> float:
     """Returns `value` as a finite float, or raises `error` that names it."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise error(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise error(f"{name} must be finite, got {number}")
     return number
@@ -42,9 +46,12 @@ def whole(name: str, value: object, error: type[AccountingError] = AccountingErr
     """Returns an integer that is at least one."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise error(f"{name} must be a whole number, got {value!r}; pass an int")
-    if value < 1:
+    number = int(value)
+    if number < 1:
         raise error(f"{name} must be at least 1, got {value}")
-    return int(value)
+    if number > _LARGEST_WHOLE:
+        raise error(f"{name} must be at most 2^63 - 1, got a number of {number.bit_length()} bits")
+    return number
 
 
 def probability(name: str, value: object, error: type[AccountingError] = AccountingError) -> float:

@@ -119,10 +119,9 @@ def group_profile(profile: Profile, records_per_unit: int) -> Profile:
 
 def _composition(mechanism: Mechanism, size: int) -> Profile:
     if size > 1 and isinstance(mechanism, PoissonGaussian) and mechanism.sampling_rate < 1:
-        from dptaft_accounting.accountants.pld import Mixture, compose_mixtures
+        from dptaft_accounting.accountants.composition import group_composition
 
-        pair = Mixture.poisson(mechanism.noise_multiplier, mechanism.sampling_rate, group=size)
-        return compose_mixtures([(pair, mechanism.steps)])
+        return group_composition(mechanism, size)
     return group_profile(composition_profile(mechanism), size)
 
 

@@ -15,26 +15,30 @@ from typing import Any
 from dptaft_accounting.errors import StatementError
 
 _LARGEST_INTEGER = 2**53  # beyond it JSON readers disagree about the value
+_MOST_LEVELS = 150
 
 
-def canonical(value: Any, path: str = "statement") -> Any:
+def canonical(value: Any, path: str = "statement", depth: int = 0) -> Any:
     """Copies a JSON value: tuples become lists; what JSON cannot carry exactly is refused.
 
     Raises:
         StatementError: a number that is not finite, an integer beyond 2^53, text that is no Unicode, a key
-            that is no text, or a foreign type; the message names the field.
+            that is no text, a foreign type, or more levels than a reader can be asked to follow; the message
+            names the field.
 
     >>> canonical({"steps": (1, 2)})
     {'steps': [1, 2]}
     """
+    if depth > _MOST_LEVELS:
+        raise StatementError(f"the statement is nested deeper than {_MOST_LEVELS} levels: {_short(path)}")
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise StatementError(f"{path} has a key that is not text: {key!r}")
             _check_text(key, path)
-        return {key: canonical(item, f"{path}.{key}") for key, item in value.items()}
+        return {key: canonical(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [canonical(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        return [canonical(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -24,6 +24,8 @@ ADJACENCIES = ("zero-out", "add-remove", "replace-one")
 RELEASES = ("all-iterates", "last-iterate")
 PARTITIONS = ("fixed", "secret-random")
 CANDIDATE_COUNTS = ("truncated-negative-binomial", "poisson")
+_MOST_LEVELS = 50  # of mechanisms inside mechanisms
+_MOST_CANDIDATES = 1e12
 
 
 class Mechanism:
@@ -331,6 +333,15 @@ class OutputPerturbation(Mechanism):
         )
 
 
+def _depth(mechanism: Mechanism) -> int:
+    """Levels of nesting, counted once, when a composition is built."""
+    return int(getattr(mechanism, "_levels", 0))
+
+
+def _deepest(parts: tuple[Mechanism, ...]) -> int:
+    return 1 + max(_depth(part) for part in parts)
+
+
 def _check_parts(parts: Any) -> tuple[Mechanism, ...]:
     items = tuple(parts) if isinstance(parts, (tuple, list)) else ()
     if not items:
@@ -338,6 +349,8 @@ def _check_parts(parts: Any) -> tuple[Mechanism, ...]:
     for item in items:
         if type(item) not in _KINDS.values():
             raise MechanismError(f"unknown mechanism {type(item).__name__!r}; it cannot be accounted")
+        if _depth(item) >= _MOST_LEVELS:
+            raise MechanismError(f"mechanisms are nested deeper than {_MOST_LEVELS} levels; write them flat")
     if len({item.adjacency for item in items}) > 1:
         names = ", ".join(sorted({item.adjacency for item in items}))
         raise MechanismError(
@@ -354,7 +367,8 @@ class SequenceComposition(Mechanism):
     parts: tuple[Mechanism, ...]
 
     def __post_init__(self) -> None:
-        _set(self, parts=_check_parts(self.parts))
+        parts = _check_parts(self.parts)
+        _set(self, parts=parts, _levels=_deepest(parts))
 
     @property
     def adjacency(self) -> str:  # type: ignore[override]
@@ -370,7 +384,8 @@ class ParallelComposition(Mechanism):
     parts: tuple[Mechanism, ...]
 
     def __post_init__(self) -> None:
-        _set(self, parts=_check_parts(self.parts))
+        parts = _check_parts(self.parts)
+        _set(self, parts=parts, _levels=_deepest(parts))
         if self.adjacency == "replace-one":
             raise MechanismError(
                 "adjacency 'replace-one' is not sound here: a replacement may touch two shards; use "
@@ -414,11 +429,16 @@ class RepeatAndSelect(Mechanism):
             raise MechanismError(f"shape {shape:g} has no meaning for a Poisson count; leave it at 0")
         if shape < 0:
             raise MechanismError(f"shape must be at least 0, got {shape:g}")
-        if self.candidate_count != "poisson" and mean <= 1:
+        if mean < 1 or (self.candidate_count != "poisson" and mean == 1):
+            least = "be at least 1" if self.candidate_count == "poisson" else "exceed 1"
             raise MechanismError(
-                f"mean_candidates must exceed 1, got {mean:g}; account a single run by its base"
+                f"mean_candidates must {least}, got {mean:g}; account a single run by its base"
             )
-        _set(self, mean_candidates=mean, shape=shape)
+        if mean > _MOST_CANDIDATES or shape > _MOST_CANDIDATES:
+            raise MechanismError(
+                f"mean_candidates {mean:g} and shape {shape:g} must be at most {_MOST_CANDIDATES:g}"
+            )
+        _set(self, mean_candidates=mean, shape=shape, _levels=_deepest((self.base,)))
 
     @property
     def adjacency(self) -> str:  # type: ignore[override]
@@ -497,8 +517,14 @@ def mechanism_from_dict(record: Mapping[str, Any]) -> Mechanism:
     >>> mechanism_from_dict({"kind": "full-batch-gaussian", "noise_multiplier": 2.0, "steps": 3}).steps
     3
     """
-    if not isinstance(record, Mapping) or record.get("kind") not in _KINDS:
-        kind = record.get("kind") if isinstance(record, Mapping) else record
+    return _from_dict(record, 0)
+
+
+def _from_dict(record: Any, level: int) -> Mechanism:
+    kind = record.get("kind") if isinstance(record, Mapping) else record
+    if level > _MOST_LEVELS:
+        raise MechanismError(f"mechanisms are nested deeper than {_MOST_LEVELS} levels; write them flat")
+    if not isinstance(record, Mapping) or not isinstance(kind, str) or kind not in _KINDS:
         raise MechanismError(f"unknown mechanism {kind!r}; known kinds are {', '.join(sorted(_KINDS))}")
     cls = _KINDS[record["kind"]]
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
@@ -508,10 +534,10 @@ def mechanism_from_dict(record: Mapping[str, Any]) -> Mechanism:
             f"{record['kind']} has no field {unknown[0]!r}; known fields: {', '.join(sorted(names))}"
         )
     values = {name: record[name] for name in names if name in record}
-    if "parts" in values:
-        values["parts"] = tuple(mechanism_from_dict(part) for part in values["parts"])
+    if isinstance(values.get("parts"), (list, tuple)):
+        values["parts"] = tuple(_from_dict(part, level + 1) for part in values["parts"])
     if "base" in values:
-        values["base"] = mechanism_from_dict(values["base"])
+        values["base"] = _from_dict(values["base"], level + 1)
     if isinstance(values.get("noise_multiplier"), list):
         values["noise_multiplier"] = tuple(values["noise_multiplier"])
     try:

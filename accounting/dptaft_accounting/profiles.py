@@ -109,13 +109,21 @@ class GroupProfile(DeltaCurve):
 
     def delta(self, epsilon: float) -> float:
         """Group delta at this (group) epsilon."""
-        single = epsilon / self.size
-        factor = self.size if single <= 0 else _ratio(single, self.size)
-        return min(1.0, self.base.delta(max(single, 0.0)) * factor)
+        single = max(epsilon / self.size, 0.0)
+        log_factor = _log_ratio(single, self.size)
+        # beyond it a delta that a float cannot hold could still count
+        return min(1.0, self.base.delta(single) * math.exp(log_factor)) if log_factor < 600 else 1.0
 
 
-def _ratio(epsilon: float, size: int) -> float:
-    return math.fsum(math.exp(min(i * epsilon, 700.0)) for i in range(size)) * (1 + 1e-12)
+def _log_ratio(epsilon: float, size: int) -> float:
+    """Log of (e^(k eps) - 1)/(e^eps - 1), rounded up."""
+    if size * epsilon < 1e-9:
+        return math.log(size) + size * epsilon + 1e-12
+    return (
+        (size - 1) * epsilon * (1 + 1e-15)
+        + math.log(math.expm1(-size * epsilon) / math.expm1(-epsilon))
+        + 1e-12
+    )
 
 
 def mean_of(parts: Sequence[Profile]) -> Profile:

@@ -30,7 +30,14 @@ from dptaft_accounting.schema import validate
 from dptaft_accounting.tradeoff import Profile, advantage, bayes_error, tpr_at_fpr
 
 SCHEMA_VERSION = 1
-_TOLERANCE = 1e-6  # for numbers from other versions of numpy or scipy
+# other versions of numpy and scipy move tails and transforms in their last digits, which sums of 10^6 terms
+# raise to about 1e-10; what is stated was rounded up to nine digits, of which the last may turn for that
+_TOLERANCE = 1e-9
+_LAST_DIGIT = 1.1e-8
+# upper bounds: a larger value than the recomputed one is valid, a smaller one is not
+_UPPER = frozenset({"epsilon_composition", "epsilon_without_amplification", "advantage", "tpr"})
+_VIEW = ("mu", "residual_delta", "regret")
+_READING = 1e-6  # of the readings of a curve, which are searched for on a grid
 _FPRS = (1e-4, 1e-3, 1e-2, 1e-1)
 _DELTAS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 # the version may differ; a claimed epsilon may exceed the recomputed one, but not be below it
@@ -213,13 +220,18 @@ class PrivacyStatement:
         problems += _contradictions(self.mechanism, mechanism, certificate)
         size = int(self.claim["records_per_unit"])
         report = best_bound(mechanism, certificate, delta=self.claim["delta"], records_per_unit=size)
-        claimed = float(self.claim["epsilon"])
-        if claimed < report.epsilon * (1 - _TOLERANCE):
+        best, claimed = report.epsilon, float(self.claim["epsilon"])
+        if claimed < best and claimed < check.round_up(
+            report.profile.epsilon(report.delta) * (1 - _TOLERANCE)
+        ):
             problems.append(f"claim.epsilon {claimed:g} is below the recomputed {report.epsilon:g}")
         if math.isinf(report.epsilon):
             return Recomputation(
                 report.epsilon, claimed, (*problems, "no finite epsilon follows from the record")
             )
+        stated = report.named(self.accounting["bound"])
+        if stated is not None:  # a curve that was the smallest when the statement was written
+            report = dataclasses.replace(report, bounds=(stated, *report.bounds))
         expected = {
             "claim": _claim(mechanism, report, self.claim["unit"], size),
             "accounting": _accounting(mechanism, report, certificate, size),
@@ -229,9 +241,9 @@ class PrivacyStatement:
             for name, value in fields.items():
                 if (group, name) in _NOT_DERIVED:
                     continue
-                if not _agree(getattr(self, group).get(name), value):
+                if not _follows(name, getattr(self, group).get(name), value):
                     problems.append(f"{group}.{name} does not follow from the mechanism record")
-        return Recomputation(report.epsilon, claimed, tuple(problems))
+        return Recomputation(best, claimed, tuple(problems))
 
 
 def _check_version(data: Mapping[str, Any]) -> None:
@@ -375,13 +387,67 @@ def _merge(group: str, derived: dict[str, Any], given: Mapping[str, Any] | None)
     return {**derived, **(given or {})}
 
 
-def _agree(given: Any, derived: Any) -> bool:
-    """Equality with a relative tolerance of 1e-6, for numbers from other versions of numpy or scipy."""
+def _follows(name: str, given: Any, derived: Any) -> bool:
+    """True where a stated value is the derived one, or a weaker bound than the derived one.
+
+    Every bound of a statement has to be among the recomputed ones, and not below it: tighter accounting must
+    not refuse what was right when it was written.
+    """
+    if name in _UPPER:
+        return _at_least(given, derived, _LAST_DIGIT if name.startswith("epsilon") else _READING)
+    if name == "bayes_error":
+        # half of the advantage is rounded up to nine digits before it is taken from 1/2
+        return _is_number(given) and bool(given <= derived * (1 + _READING) + 1e-9)
+    if name == "mu":
+        return _follows_view(given, derived)
+    if name == "delta_to_epsilon":
+        return _follows_rows(given, derived)
+    if name == "bounds":
+        return _follows_bounds(given, derived)
     if isinstance(given, Mapping) and isinstance(derived, Mapping):
-        return set(given) == set(derived) and all(_agree(given[k], derived[k]) for k in given)
-    if isinstance(given, (list, tuple)) and isinstance(derived, (list, tuple)):
-        return len(given) == len(derived) and all(_agree(a, b) for a, b in zip(given, derived, strict=True))
-    if isinstance(given, float) or isinstance(derived, float):
-        both = isinstance(given, (int, float)) and isinstance(derived, (int, float))
-        return both and math.isclose(given, derived, rel_tol=_TOLERANCE, abs_tol=1e-12)
+        return set(given) == set(derived) and all(_follows(k, given[k], derived[k]) for k in given)
+    if isinstance(given, list) and isinstance(derived, list):
+        pairs = zip(given, derived, strict=False)
+        return len(given) == len(derived) and all(_follows("", a, b) for a, b in pairs)
+    if _is_number(given) and _is_number(derived):
+        return math.isclose(given, derived, rel_tol=_TOLERANCE)
     return bool(given == derived)
+
+
+def _follows_view(given: Any, derived: Any) -> bool:
+    if given is None or derived is None:
+        return given is None
+    return (
+        isinstance(given, Mapping)
+        and set(given) == set(_VIEW)
+        and all(_at_least(given[k], derived[k], _READING) for k in _VIEW)
+    )
+
+
+def _follows_rows(given: Any, derived: list[dict[str, Any]]) -> bool:
+    if not isinstance(given, list) or not all(isinstance(row, Mapping) for row in given):
+        return False
+    return [row.get("delta") for row in given] == [row["delta"] for row in derived] and all(
+        _at_least(a.get("epsilon"), b["epsilon"], _READING) for a, b in zip(given, derived, strict=True)
+    )
+
+
+def _follows_bounds(given: Any, derived: list[dict[str, Any]]) -> bool:
+    if not isinstance(given, list) or not given or not all(isinstance(bound, Mapping) for bound in given):
+        return False
+    known = {bound["name"]: bound["epsilon"] for bound in derived}
+    return all(
+        bound.get("name") in known and _at_least(bound.get("epsilon"), known[bound["name"]], _LAST_DIGIT)
+        for bound in given
+    )
+
+
+def _at_least(given: Any, derived: Any, tolerance: float) -> bool:
+    """True where an upper bound, None for infinity, is not below another."""
+    if derived is None or given is None:
+        return given is None
+    return _is_number(given) and bool(given >= derived * (1 - tolerance) - tolerance * 1e-3)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

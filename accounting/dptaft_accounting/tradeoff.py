@@ -20,6 +20,7 @@ from dptaft_accounting._search import bisect
 from dptaft_accounting.errors import AccountingError
 
 _MU_MAX = 1e6
+_NO_CURVE = 1e100  # mu beyond which epsilon is no number of any use
 _UP = 1.0 + 1e-11  # absorbs the rounding errors of the normal tail functions
 
 
@@ -48,7 +49,7 @@ def mu_to_delta(mu: float, epsilon: float) -> float:
     mu = check.non_negative("mu", mu)
     epsilon = check.real("epsilon", epsilon)
     if mu == 0:
-        return max(0.0, -math.expm1(epsilon))
+        return -math.expm1(epsilon) if epsilon < 0 else 0.0
     first = _log_ndtr(mu / 2 - epsilon / mu)
     second = epsilon + _log_ndtr(-mu / 2 - epsilon / mu)
     if second >= first:  # equal up to rounding: both terms are far in the tail
@@ -68,6 +69,8 @@ def mu_to_epsilon(mu: float, delta: float) -> float:
     delta = check.probability("delta", delta)
     if mu_to_delta(mu, 0.0) <= delta:
         return 0.0
+    if mu > _NO_CURVE:
+        return math.inf
     # Phi(mu/2 - eps/mu) <= delta there, and the second term only helps
     high = mu * (mu / 2 - _ndtri(delta)) * 1.001 + 1e-9
     if mu_to_delta(mu, high) > delta:

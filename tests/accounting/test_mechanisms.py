@@ -1,10 +1,14 @@
 """Records: exact round trips, and one clear error for everything unsound or malformed."""
 
+import contextlib
 import json
 import math
+import tracemalloc
 
 import pytest
 
+from dptaft_accounting.bounds import best_bound
+from dptaft_accounting.canonical import canonical
 from dptaft_accounting.errors import AccountingError, MechanismError
 from dptaft_accounting.mechanisms import (
     CyclicGaussian,
@@ -15,6 +19,7 @@ from dptaft_accounting.mechanisms import (
     PoissonGaussian,
     RepeatAndSelect,
     SequenceComposition,
+    SoftmaxObjectivePerturbation,
     mechanism_from_dict,
 )
 
@@ -107,3 +112,78 @@ def test_a_subclass_is_not_accounted_by_analogy():
 
     with pytest.raises(AccountingError, match="unknown mechanism"):
         SequenceComposition((Shuffled(1.0, 0.1, 3),))
+
+
+def test_candidates_below_one_are_refused_for_every_count():
+    for mean in (0.5, 1 - 1e-9):
+        with pytest.raises(MechanismError, match="mean_candidates must be at least 1"):
+            RepeatAndSelect(FULL, mean, candidate_count="poisson")
+    with pytest.raises(MechanismError, match="mean_candidates must exceed 1"):
+        RepeatAndSelect(FULL, 1.0)
+    with pytest.raises(MechanismError, match="at most"):
+        RepeatAndSelect(FULL, 1e300)
+
+
+def test_deep_nesting_is_refused_in_one_line():
+    record, mechanism = FULL.to_dict(), FULL
+    for _ in range(400):
+        record = {"kind": "sequence", "parts": [record]}
+    for _ in range(50):
+        mechanism = SequenceComposition((mechanism,))
+    assert best_bound(mechanism, delta=1e-5).epsilon > 0
+    with pytest.raises(MechanismError, match="nested deeper than 50 levels"):
+        mechanism_from_dict(record)
+    with pytest.raises(MechanismError, match="nested deeper than 50 levels"):
+        SequenceComposition((mechanism,))
+    with pytest.raises(AccountingError, match="nested deeper than 150 levels"):
+        canonical({"record": record})
+
+
+@pytest.mark.parametrize("steps", [10**400, 2**70])
+def test_numbers_beyond_floats_are_refused(steps):
+    with pytest.raises(MechanismError, match="steps must be at most"):
+        FullBatchGaussian(1.0, steps)
+    with pytest.raises(MechanismError, match="noise_multiplier"):
+        FullBatchGaussian(10**400, 1)
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        PoissonGaussian(1e308, 0.5, 10),
+        PoissonGaussian(5e-324, 0.5, 10),
+        PoissonGaussian(1.0, 5e-324, 2**53),
+        PoissonGaussian(1e-3, 0.9, 2**53),
+        FullBatchGaussian(1.0, 2**60),
+        FullBatchGaussian((1e-308, 1e308), 2),
+        OutputPerturbation(1.0, 1e-200, 10, 1e-200),
+        ObjectivePerturbation(1.0, 0.25, 10.0, 1e-308),
+        ObjectivePerturbation(1.0, 0.25, 10.0, 30.0, 1e-100, 1e5),
+        SequenceComposition((PoissonGaussian(1e-6, 0.5, 10), PoissonGaussian(1.0, 0.5, 10))),
+        SequenceComposition(tuple(PoissonGaussian(1 + k / 1000, 0.01 + k / 1e5, 5) for k in range(400))),
+        SoftmaxObjectivePerturbation(1e300, 3, 1.0, 1.0),
+        SoftmaxObjectivePerturbation(1.0, 3, 1e-100, 1e-200),
+    ],
+    ids=lambda m: m.kind,
+)
+@pytest.mark.parametrize("size", [1, 10**6])
+def test_extreme_records_are_accounted_or_refused(mechanism, size):
+    """No traceback, no lack of memory, never NaN."""
+    with contextlib.suppress(AccountingError):
+        assert best_bound(mechanism, delta=1e-6, records_per_unit=size).epsilon >= 0
+
+
+def test_many_different_parts_cost_little_tightness():
+    parts = tuple(PoissonGaussian(1.0 + k / 2000, 0.01, 5) for k in range(100))
+    many = best_bound(SequenceComposition(parts), delta=1e-5).epsilon
+    worst = best_bound(PoissonGaussian(1.0, 0.01, 500), delta=1e-5).epsilon
+    least = best_bound(PoissonGaussian(1.05, 0.01, 500), delta=1e-5).epsilon
+    assert least < many < worst
+
+
+def test_a_constant_schedule_takes_no_room():
+    tracemalloc.start()
+    best_bound(FullBatchGaussian(100.0, 2**24), delta=1e-5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000_000

@@ -8,7 +8,9 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_ndtr
 
+from dptaft_accounting.accountants import convolution
 from dptaft_accounting.accountants.composition import composition_profile
 from dptaft_accounting.accountants.pld import (
     LossPmf,
@@ -19,8 +21,14 @@ from dptaft_accounting.accountants.pld import (
     pmf_of_curve,
 )
 from dptaft_accounting.bounds import best_bound
+from dptaft_accounting.calibration import Target, calibrate_noise_multiplier
 from dptaft_accounting.errors import AccountingError
-from dptaft_accounting.mechanisms import FullBatchGaussian, PoissonGaussian, SequenceComposition
+from dptaft_accounting.mechanisms import (
+    FullBatchGaussian,
+    ObjectivePerturbation,
+    PoissonGaussian,
+    SequenceComposition,
+)
 from dptaft_accounting.profiles import GroupProfile
 from dptaft_accounting.tradeoff import GaussianProfile, tpr_at_fpr
 
@@ -134,7 +142,7 @@ def test_oracles_of_composition():
 def test_directions_differ_and_the_larger_counts():
     profile = compose_mixtures([(Mixture.poisson(1.0, 0.01), 1000)])
     assert profile.forward.epsilon(1e-5) > profile.backward.epsilon(1e-5) * 1.02
-    assert profile.epsilon(1e-5) == profile.forward.epsilon(1e-5)
+    assert profile.epsilon(1e-5) == pytest.approx(profile.forward.epsilon(1e-5), rel=1e-6)
 
 
 def test_sampling_rate_one_is_the_closed_form():
@@ -196,9 +204,93 @@ def test_extreme_parameters_give_a_number_or_infinity(z, p, steps):
     assert epsilon <= GaussianProfile(math.sqrt(steps) / z).epsilon(1e-6) * 1.01 + 1e-6
 
 
-def test_unreachable_resolution_is_infinity_not_a_guess():
-    profile = compose_mixtures([(Mixture.poisson(1.0, 0.01), 10_000)])
-    assert math.isinf(profile.epsilon(1e-15))
+@pytest.mark.parametrize("delta", [1e-3, 1e-7, 1e-15, 1e-60, 1e-100, 1e-280])
+def test_any_delta_is_reached_tightly(delta):
+    for mu, steps in ((1.0, 10), (0.3, 10**6)):
+        exact = GaussianProfile(mu).epsilon(delta)
+        profile = compose_mixtures([(Mixture.gaussian(mu / math.sqrt(steps)), steps)])
+        assert exact * (1 - 1e-9) <= profile.epsilon(delta) <= exact * 1.002
+        assert profile.delta(exact) >= delta * (1 - 1e-6)
+        assert profile.delta(exact * 1.002) <= delta
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-40, 1e-100])
+@pytest.mark.parametrize("mixture", [Mixture.poisson(1.0, 0.01), Mixture.poisson(0.7, 1e-3)])
+def test_two_steps_match_quadrature_at_any_delta(mixture, delta):
+    """Removal: delta(eps) = E_x P2(eps - l(x)) with the second step's threshold in closed form."""
+    s, w = mixture.shifts[1], mixture.weights[1]
+    found = compose_mixtures([(mixture, 2)]).epsilon(delta)
+    x = np.linspace(-38, 38 + s, 400_000)
+    log_w = np.logaddexp(math.log1p(-w), math.log(w) + s * x - s * s / 2)  # loss of the first step
+    log_p = log_w - x * x / 2 - math.log(2 * math.pi) / 2
+    left = found - log_w
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        t = np.where(left > math.log1p(-w), (np.log(np.expm1(left) + w) - math.log(w)) / s + s / 2, -np.inf)
+    t = np.where(np.isnan(t), -np.inf, t)
+    t = np.minimum(t, 60.0)
+    log_hit = np.logaddexp(math.log1p(-w) + log_ndtr(-t), math.log(w) + log_ndtr(s - t))
+    log_miss = np.minimum(left + log_ndtr(-t), log_hit - 1e-12)
+    terms = log_p + log_hit + np.log1p(-np.exp(log_miss - log_hit))
+    truth = float(np.sum(np.exp(terms - math.log(delta)))) * float(x[1] - x[0])
+    assert 0.9 < truth <= 1 + 1e-6
+
+
+def test_small_deltas_in_every_combination():
+    poisson, gaussian = PoissonGaussian(1e5, 1e-3, 500_000), FullBatchGaussian(1e4, 10)
+    alone = best_bound(poisson, delta=1e-10).epsilon
+    assert alone < 1e-4
+    both = best_bound(SequenceComposition((poisson, gaussian)), delta=1e-10).epsilon
+    apart = best_bound(gaussian, delta=1e-10).epsilon
+    assert apart < both < (alone + apart) * 1.2
+    objective = ObjectivePerturbation(1.0, 0.25, 10.0, 30.0)
+    sequence = SequenceComposition((PoissonGaussian(3.0, 1e-3, 10_000), objective))
+    assert math.isfinite(best_bound(sequence, delta=1e-40).epsilon)
+    one, two = (best_bound(poisson, delta=1e-30, records_per_unit=k).epsilon for k in (1, 2))
+    assert one < two < 3 * one
+    assert math.isfinite(best_bound(sequence, delta=1e-20, records_per_unit=2).epsilon)
+    target = Target(epsilon=3.0, delta=1e-13)
+    noise = calibrate_noise_multiplier(lambda z: PoissonGaussian(z, 1e-3, 10**6), target)
+    assert 1.0 < noise < 3.0
+
+
+@pytest.mark.parametrize(
+    ("z", "p", "steps", "delta", "peers"),
+    [
+        (0.8133, 1.49e-5, 3308, 9.2e-4, 5.3e-5),
+        (0.5, 1e-5, 10_000, 1e-6, 0.1991),
+        (0.66023, 5.590394e-05, 14, 2.58e-4, 0.0),
+        (0.46720, 1.052707e-07, 34_213, 5.117326e-06, 0.00155),
+    ],
+)
+def test_rare_large_losses_are_bounded_tightly(z, p, steps, delta, peers):
+    assert best_bound(PoissonGaussian(z, p, steps), delta=delta).epsilon <= peers * 1.01 + 1e-7
+
+
+def test_every_wrong_transform_is_paid_for(monkeypatch):
+    """The allowance follows from the lengths: a transform that is off by all it may be stays on top."""
+    exact = GaussianProfile(1.0).epsilon(1e-9)
+    rfft = np.fft.rfft
+
+    def off(values, *rest):
+        return rfft(values, *rest) * (1 - 1e-15)
+
+    monkeypatch.setattr(np.fft, "rfft", off)
+    for steps in (100, 1_000_000):
+        profile = compose_mixtures([(Mixture.gaussian(1 / math.sqrt(steps)), steps)])
+        assert exact * (1 - 1e-12) <= profile.epsilon(1e-9) <= exact * 1.002
+
+
+def test_any_chernoff_order_is_valid(monkeypatch):
+    """A search that stops at a bad order costs tightness alone."""
+
+    def careless(value, start, most):
+        return start / 7, value(start / 7) / (start / 7)
+
+    monkeypatch.setattr(convolution, "_least_ratio", careless)
+    for delta in (1e-5, 1e-30):
+        assert compose_mixtures([(Mixture.gaussian(0.1), 100)]).epsilon(delta) >= GaussianProfile(
+            1.0
+        ).epsilon(delta)
 
 
 def test_lattices_do_not_mix():

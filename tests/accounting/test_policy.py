@@ -115,7 +115,7 @@ def test_a_record_that_cannot_be_accounted_is_a_violation():
 
 
 def test_a_delta_without_finite_epsilon_is_refused():
-    policy = Policy(max_epsilon=1e9, delta=1e-15)
+    policy = Policy(max_epsilon=1e9, delta=1e-300)
     assert rules(policy, build(PoissonGaussian(1.0, 0.1, 1000))) == ["max_epsilon"]
 
 

@@ -62,7 +62,8 @@ def test_against_direct_integration():
         removing = float(np.sum(weight * np.maximum(ratio - math.exp(epsilon), 0)))
         adding = float(np.sum(weight * np.maximum(1 - math.exp(epsilon) * ratio, 0)))
         for direction, delta in ((1, removing), (-1, adding)):
-            integral = second_opinion._Integral(mu * mu, ((noise, rate, 1),), direction)
+            step = second_opinion._Sampled(noise, (1 - rate, rate), 1)
+            integral = second_opinion._Integral(mu * mu, (step,), direction)
             assert math.exp(integral.log_delta(epsilon)) == pytest.approx(delta, rel=1e-4)
 
 
@@ -70,14 +71,10 @@ def test_against_direct_integration():
     ("record", "words"),
     [
         (
-            {"kind": "poisson-gaussian", "noise_multiplier": 1.0, "sampling_rate": 0.01, "steps": 1},
-            "too slowly",
+            {"kind": "poisson-gaussian", "noise_multiplier": 1e-3, "sampling_rate": 0.01, "steps": 9},
+            "too extreme",
         ),
-        (
-            {"kind": "poisson-gaussian", "noise_multiplier": 0.01, "sampling_rate": 0.01, "steps": 9},
-            "finer grid",
-        ),
-        (ObjectivePerturbation(1.0, 0.25, 1.0, 5.0).to_dict(), "not covered"),
+        (ObjectivePerturbation(1.0, 0.25, 1.0, 5.0, problems=3).to_dict(), "not covered"),
         ({"kind": "full-batch-gaussian"}, "cannot be read"),
         ({"kind": "full-batch-gaussian", "noise_multiplier": "x", "steps": 3}, "cannot be read"),
         ({}, "cannot be read"),
@@ -90,17 +87,45 @@ def test_where_it_has_none_it_says_why(record, words):
     assert words in found.method
 
 
+@pytest.mark.parametrize("delta", [1e-3, 1e-6, 1e-10])
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps", "group"),
+    [
+        (1.0, 0.01, 1, 1),
+        (0.5, 0.2, 3, 1),
+        (0.3, 0.01, 20, 1),
+        (2.0, 0.05, 40, 2),
+        (1.5, 0.02, 300, 4),
+        (1.0, 1e-4, 10, 1),
+    ],
+)
+def test_few_steps_little_noise_and_groups(noise, rate, steps, group, delta):
+    mechanism = PoissonGaussian(noise, rate, steps)
+    first = best_bound(mechanism, delta=delta, records_per_unit=group).epsilon
+    second = second_opinion.second_opinion(mechanism.to_dict(), delta, records_per_unit=group).epsilon
+    assert 0.98 * first - 1e-6 <= second <= first * (1 + 1e-6) + 1e-9
+
+
+def test_objective_perturbation_is_covered_above_its_threshold():
+    mechanism = ObjectivePerturbation(1.0, 0.25, 10.0, 5.0)
+    for delta in (1e-2, 1e-5, 1e-9):
+        first = best_bound(mechanism, delta=delta).epsilon
+        second = second_opinion.second_opinion(mechanism.to_dict(), delta).epsilon
+        assert second == pytest.approx(first, rel=1e-7)
+
+
 def test_groups():
     found = second_opinion.second_opinion(FullBatchGaussian(10.0, 50).to_dict(), 1e-5, records_per_unit=3)
     assert found.epsilon == pytest.approx(
         best_bound(FullBatchGaussian(10.0, 50), delta=1e-5, records_per_unit=3).epsilon
     )
-    assert (
-        second_opinion.second_opinion(
-            PoissonGaussian(1.0, 0.01, 100).to_dict(), 1e-5, records_per_unit=2
-        ).epsilon
-        is None
-    )
+
+
+def test_deep_nesting_is_read_without_recursion():
+    record = FullBatchGaussian(10.0, 50).to_dict()
+    for _ in range(5000):
+        record = {"kind": "sequence", "parts": [record]}
+    assert second_opinion.second_opinion(record, 1e-5).epsilon > 1
 
 
 def test_it_shares_no_code_with_the_first_path():
@@ -126,9 +151,75 @@ def test_no_last_iterate_bound_is_below_the_linear_instance(noise, adjacency):
         assert exact == pytest.approx(report.epsilon, rel=1e-8)
 
 
-def test_linear_instances_exist_for_full_batches_alone():
-    record, proof = FullBatchGaussian(8.0, 4).to_dict(), {"step_size": 1.0, "strong_convexity": 0.1}
-    assert second_opinion.linear_instance(record, proof, 1e-5).epsilon > 0
-    assert second_opinion.linear_instance(record, proof | {"diameter": 1.0}, 1e-5).epsilon is None
-    assert second_opinion.linear_instance(PoissonGaussian(1.0, 0.1, 5).to_dict(), proof, 1e-5).epsilon is None
+def proof(**changes):
+    """Certificate of cross-entropy with one clip norm 1.5 above its gradient bound."""
+    return ConvexityCertificate.issue(**{
+        "loss": "multinomial-logistic", "feature_bound": 1.0, "l2_clip_norm": 1.5, "regularization": 0.1,
+        "step_size": 1.0, "normaliser": 100.0, "sampling": "full-batch", "steps": 2, "records": 100, **changes,
+    })  # fmt: skip
+
+
+def linear(mechanism, certificate, delta=1e-5):
+    return second_opinion.linear_instance(mechanism.to_dict(), certificate.to_dict(), delta).epsilon
+
+
+def test_a_projection_between_very_unequal_noises_hides_next_to_nothing():
+    mechanism = FullBatchGaussian((1e9, 1.0), 2, released="last-iterate")
+    assert 4.0 < linear(mechanism, proof(diameter=1.0)) <= best_bound(mechanism, delta=1e-5).epsilon
+    assert linear(mechanism, proof()) < 1e-6
+
+
+def test_the_projected_instance_is_below_a_simulation_of_it():
+    """Two steps, half of the noise in either: P of the sets is what a fine simulation without rounding finds."""
+    keep, shift, noise, steps = 0.9, 0.3, 0.5, 4
+    chain = second_opinion._Chain(*(np.full(steps, v) for v in (keep, shift, noise)), 1.0)
+    points = np.linspace(-0.5, 0.5, 501)
+    low, high = (chain._above(points, True, up) for up in (False, True))
+    x = np.zeros(400_000)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        x = np.clip(keep * x + shift + noise * rng.standard_normal(len(x)), -0.5, 0.5)
+    for k in (100, 250, 400, 500):
+        seen = float(np.mean(x >= points[k]))
+        assert low[k] - 5e-3 <= seen <= high[k] + 5e-3
+        assert 0 <= high[k] - low[k] < 0.02
+
+
+@pytest.mark.parametrize("diameter", [None, 0.5])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_sampled_records_have_a_floor(rate, diameter):
+    mechanism = PoissonGaussian(1.0, rate, 60, released="last-iterate")
+    certificate = proof(
+        sampling="poisson", steps=60, sampling_rate=rate, records=200, max_batch_size=200, feature_bound=0.5,
+        regularization=0.2, normaliser=100.0, diameter=diameter,
+    )  # fmt: skip
+    found = linear(mechanism, certificate)
+    assert 0 < found <= best_bound(mechanism, certificate, delta=1e-5).epsilon
+    if diameter is None:  # against plain simulation of the sum of participations
+        powers = 0.8 ** np.arange(60) / math.sqrt(np.sum(0.64 ** np.arange(60)))
+        sums = (np.random.default_rng(1).random((20_000, 60)) < rate) @ powers
+        means, weights = second_opinion._participation(powers, rate)
+        assert 0.99 < weights.sum() <= 1 + 1e-9
+        assert means @ weights == pytest.approx(sums.mean(), rel=0.04)
+        assert means @ weights <= rate * powers.sum()
+
+
+@pytest.mark.parametrize("partition", ["fixed", "secret-random"])
+def test_cyclic_batches_have_a_floor(partition):
+    mechanism = CyclicGaussian(3.0, 10, 20, partition=partition, released="last-iterate")
+    certificate = proof(
+        sampling="cyclic", steps=200, batches_per_epoch=10, feature_bound=0.5, regularization=0.02,
+        normaliser=50.0,
+    )  # fmt: skip
+    found, bound = linear(mechanism, certificate), best_bound(mechanism, certificate, delta=1e-5).epsilon
+    assert 0.5 * bound < found <= bound
+
+
+def test_linear_instances_that_cannot_be_read():
+    record, raw = FullBatchGaussian(8.0, 4).to_dict(), {"step_size": 1.0, "strong_convexity": 0.1}
+    assert second_opinion.linear_instance(record, raw, 1e-5).epsilon > 0
+    assert second_opinion.linear_instance(record, raw | {"diameter": 1.0}, 1e-5).epsilon is None
     assert second_opinion.linear_instance(record, {"step_size": "x"}, 1e-5).epsilon is None
+    objective = ObjectivePerturbation(1.0, 0.25, 1.0, 5.0).to_dict()
+    assert "no linear instance" in second_opinion.linear_instance(objective, raw, 1e-5).method
+    assert "too many" in second_opinion.linear_instance(record | {"steps": 2**50}, raw, 1e-5).method

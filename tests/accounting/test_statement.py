@@ -112,6 +112,8 @@ def tampered(path, value):
         (("accounting", "epsilon_composition"), 0.5, "epsilon_composition"),
         (("risk", "advantage"), 0.01, "risk.advantage"),
         (("risk", "tpr_at_fpr"), [], "risk.tpr_at_fpr"),
+        (("accounting", "bounds"), [{"name": "composition", "epsilon": 0.5}], "accounting.bounds"),
+        (("accounting", "delta_to_epsilon"), [], "delta_to_epsilon"),
     ],
 )
 def test_tampering_is_found(path, value, words):
@@ -122,6 +124,29 @@ def test_tampering_is_found(path, value, words):
 
 def test_a_claim_above_the_recomputed_epsilon_still_holds():
     assert tampered(("claim", "epsilon"), 5.0).holds
+
+
+@pytest.mark.parametrize("factor", [1 - 9e-7, 1 - 2e-8])
+def test_a_claim_a_little_below_the_recomputed_epsilon_is_refused(factor):
+    claimed = build(**FULL_DETAILS).claim["epsilon"]
+    assert any("below the recomputed" in p for p in tampered(("claim", "epsilon"), claimed * factor).problems)
+    assert tampered(("claim", "epsilon"), claimed).holds
+
+
+def test_weaker_readings_than_the_recomputed_ones_are_valid():
+    statement = build(**FULL_DETAILS)
+    rows = [{**row, "epsilon": row["epsilon"] * 1.01} for row in statement.accounting["delta_to_epsilon"]]
+    assert tampered(("accounting", "delta_to_epsilon"), rows).holds
+    assert not tampered(("accounting", "delta_to_epsilon"), rows[1:]).holds
+    stronger = [
+        {**row, "epsilon": row["epsilon"] * 0.99999} for row in statement.accounting["delta_to_epsilon"]
+    ]
+    assert not tampered(("accounting", "delta_to_epsilon"), stronger).holds
+    assert tampered(("risk", "advantage"), 1.0).holds
+    assert not tampered(("risk", "bayes_error"), 0.5).holds
+    bounds = [{"name": "composition", "epsilon": 4.0}, {"name": "magic", "epsilon": 1.0}]
+    assert not tampered(("accounting", "bounds"), bounds).holds
+    assert not tampered(("accounting", "bounds"), []).holds
 
 
 def test_clip_norm_must_be_the_certificates():
@@ -180,7 +205,7 @@ def test_bad_text_is_refused(text, words):
 
 def test_no_finite_claim_no_statement():
     with pytest.raises(StatementError, match="no finite epsilon"):
-        build(PoissonGaussian(1.0, 0.1, 1000), delta=1e-15)
+        build(PoissonGaussian(1.0, 0.1, 1000), delta=1e-300)
 
 
 def test_schema_validator_knows_every_keyword_of_the_schema():

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -22,6 +22,9 @@ from dptaft_accounting.mechanisms import Mechanism, PoissonGaussian
 
 _INTERVAL = 1e-4
 _LARGEST_LATTICE = 2e6
+_NEAR = 0.01  # relative distance within which two values agree
+_FAR = 0.5
+_SMALL = 1e-3  # absolute, what a lattice of 1e-4 may cost a peer
 _LARGEST_EPSILON = 300.0  # dp-accounting 0.6 sums exp(-loss) without scaling, which underflows
 
 
@@ -34,7 +37,7 @@ class CrossCheck:
         version: its installed version.
         epsilon: its upper bound, None where it gave none.
         lower: a value that the true epsilon cannot be below, None where it gave none.
-        note: `agrees`, or why there is no cross-check.
+        note: `agrees` (see `distance`), how far apart the values are, or why there is no cross-check.
     """
 
     accountant: str
@@ -64,7 +67,32 @@ def cross_checks(mechanism: Mechanism, delta: float, epsilon: float) -> tuple[Cr
                 f"{result.accountant} shows epsilon above {result.lower:.6g}, our bound is {epsilon:.6g}; "
                 "no claim is made, report this mechanism as a defect"
             )
-    return tuple(results)
+    return tuple(_compared(result, epsilon) for result in results)
+
+
+def distance(stated: float, lower: float, upper: float) -> float:
+    """How far a bound may be from a value that lies in [lower, upper], relative to the bound; on both sides.
+
+    Below 0.01 the two agree: neither can hide an error of the mechanism larger than that.
+
+    >>> round(distance(2.0, 1.9, 2.1), 6), distance(2.0, 2.0, 2.0)
+    (0.05, 0.0)
+    """
+    if stated <= 0:
+        return 0.0 if upper <= _SMALL else math.inf
+    return max(0.0, stated - lower - _SMALL, upper - stated - _SMALL) / stated
+
+
+def _compared(result: CrossCheck, epsilon: float) -> CrossCheck:
+    """Says how far the peer's value may be from ours, where it has one."""
+    if result.epsilon is None or result.lower is None:
+        return result
+    apart = distance(epsilon, result.lower, result.epsilon)
+    note = "agrees" if apart <= _NEAR else f"within {100 * apart:.2g} % of the epsilon by composition"
+    if apart > _FAR:
+        least = max(0.0, result.lower)
+        note = f"no comparison: the peer's value lies between {least:.4g} and {result.epsilon:.4g}"
+    return replace(result, note=note)
 
 
 @lru_cache(maxsize=256)

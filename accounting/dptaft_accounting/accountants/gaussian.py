@@ -15,6 +15,8 @@ from dptaft_accounting.mechanisms import (
 )
 
 _UP = 1 + 1e-14
+_LEAST_NOISE, _MOST_NOISE = 1e-4, 1e6
+_LEAST_LOSS = 1e-11  # rate over noise; smaller losses drown in rounding
 
 
 def gaussian_mu(mechanism: Mechanism) -> float | None:
@@ -34,7 +36,11 @@ def gaussian_mu(mechanism: Mechanism) -> float | None:
     if isinstance(mechanism, FullBatchGaussian):
         if isinstance(mechanism.noise_multiplier, float):
             return _UP * mechanism.sensitivity * math.sqrt(mechanism.steps) / mechanism.noise_multiplier
-        return _UP * mechanism.sensitivity * math.sqrt(math.fsum(z**-2 for z in mechanism.noise_schedule))
+        return (
+            _UP
+            * mechanism.sensitivity
+            * math.sqrt(math.fsum((1 / z) * (1 / z) for z in mechanism.noise_multiplier))
+        )
     if isinstance(mechanism, CyclicGaussian):
         return _UP * mechanism.sensitivity * math.sqrt(mechanism.epochs) / mechanism.noise_multiplier
     if isinstance(mechanism, PoissonGaussian) and mechanism.sampling_rate == 1:
@@ -42,10 +48,23 @@ def gaussian_mu(mechanism: Mechanism) -> float | None:
     if isinstance(mechanism, OutputPerturbation):
         moved = mechanism.sensitivity * mechanism.gradient_bound / mechanism.records
         moved += 2 * mechanism.gradient_tolerance
-        return _UP * moved / (mechanism.regularization * mechanism.noise_std)
+        hidden = mechanism.regularization * mechanism.noise_std
+        return _UP * moved / hidden if hidden > 0 else math.inf
     if isinstance(mechanism, SequenceComposition | ParallelComposition):
         mus = [mu for mu in map(gaussian_mu, mechanism.parts) if mu is not None]
         if len(mus) == len(mechanism.parts):
             parallel = isinstance(mechanism, ParallelComposition)
             return max(mus) if parallel else _UP * math.sqrt(math.fsum(mu * mu for mu in mus))
     return None
+
+
+def within_range(part: PoissonGaussian) -> tuple[float | None, float]:
+    """Noise and rate that are not better than the record's and small enough for the lattice; None: no noise.
+
+    Less noise and a larger rate never give less privacy loss: more noise is post-processing, and a mixture of
+    fewer shifted outcomes is the mixture of more of them with the unshifted distribution.
+    """
+    if part.noise_multiplier < _LEAST_NOISE:
+        return None, 1.0
+    noise = min(part.noise_multiplier, _MOST_NOISE)
+    return noise, min(1.0, max(part.sampling_rate, _LEAST_LOSS * noise))

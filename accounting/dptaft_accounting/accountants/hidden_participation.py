@@ -67,7 +67,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dptaft_accounting.accountants.pld import LossPmf, Mixture, PldProfile, compose, discretise_wide
+from dptaft_accounting.accountants.pld import LossPmf, Mixture, PldProfile, compose_pairs, discretise_wide
 from dptaft_accounting.errors import AccountingError
 
 Array = NDArray[np.float64]
@@ -187,10 +187,7 @@ def evaluate(problem: Problem, layout: Layout, resolution: Resolution) -> PldPro
         pair = discretise_wide(shifts / math.sqrt(energy), weights, lost, interval, resolution.knots)
         parts.append((pair, 1))
         absorbing, free = (first, last), 1.0
-    return PldProfile(
-        compose([(pair[0], count) for pair, count in parts]),
-        compose([(pair[1], count) for pair, count in parts]),
-    )
+    return compose_pairs(parts)
 
 
 def _absorbed(

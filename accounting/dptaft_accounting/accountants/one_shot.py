@@ -50,6 +50,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from dptaft_accounting.errors import MechanismError
 from dptaft_accounting.mechanisms import ObjectivePerturbation, SoftmaxObjectivePerturbation
 from dptaft_accounting.profiles import DeltaCurve
 from dptaft_accounting.tradeoff import mu_to_delta
@@ -115,13 +116,15 @@ class SoftmaxObjectiveProfile(DeltaCurve):
     @classmethod
     def of(cls, mechanism: SoftmaxObjectivePerturbation) -> SoftmaxObjectiveProfile:
         """Computes the parameters of the theorem, rounded up."""
-        lam, variance = mechanism.regularization, mechanism.noise_std**2
+        lam, variance = mechanism.regularization, mechanism.noise_std * mechanism.noise_std
+        if variance == 0 or lam * mechanism.output_noise_std == 0 < mechanism.gradient_tolerance:
+            raise MechanismError(f"noise_std {mechanism.noise_std:g} is too small to be accounted; add noise")
         output = 0.0
         if mechanism.gradient_tolerance > 0:
             output = 2 * mechanism.gradient_tolerance / (lam * mechanism.output_noise_std)
         mu = math.hypot(mechanism.sensitivity * mechanism.diameter / mechanism.noise_std, output)
         classes, rank = mechanism.classes, mechanism.classes - 1
-        trace = mechanism.diameter**2 * (1 - 1 / classes) / 2
+        trace = mechanism.diameter * mechanism.diameter * (1 - 1 / classes) / 2
         x = min(max(2 * variance - lam, 0.0), trace / rank)
         # at the maximum, where a rounded x does not matter; the two terms nearly cancel for small x
         shift = rank * max(0.0, math.log1p(x / lam) - x / (2 * variance) + 1e-15 * x / lam)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dptaft_accounting.accountants.gaussian import gaussian_mu
+from dptaft_accounting.accountants.gaussian import gaussian_mu, within_range
 from dptaft_accounting.errors import MechanismError
 from dptaft_accounting.mechanisms import Mechanism, PoissonGaussian, SequenceComposition
 from dptaft_accounting.profiles import DeltaCurve
@@ -17,6 +17,7 @@ ORDERS: tuple[float, ...] = (
     *(float(k) for k in range(19, 64)),
     *(float(64 * 2 ** (k / 4)) for k in range(13)),
 )
+_ROUNDING = 1e-12  # of the logarithm of a moment: the peer cuts its series at 1e-13 and sums logarithms
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def rdp(mechanism: Mechanism, orders: Sequence[float] = ORDERS) -> tuple[float, 
     """Returns an upper bound of the Renyi divergence of every order.
 
     Gaussian: a mu^2/2. Poisson: dp-accounting (Mironov, Talwar, Zhang 2019, "Renyi differential privacy of
-    the sampled Gaussian mechanism", section 3). Sequences add.
+    the sampled Gaussian mechanism", section 3) and what it may lose to rounding. Sequences add.
 
     Raises:
         MechanismError: no Renyi bound is implemented for this mechanism.
@@ -63,10 +64,16 @@ def _poisson(mechanism: PoissonGaussian, orders: Sequence[float]) -> tuple[float
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
+    noise, rate = within_range(mechanism)
+    if noise is None:
+        mu = math.sqrt(mechanism.steps) / mechanism.noise_multiplier
+        return tuple(a * mu * mu / 2 for a in orders)
     accountant = RdpAccountant(list(orders))
-    event = PoissonSampledDpEvent(mechanism.sampling_rate, GaussianDpEvent(mechanism.noise_multiplier))
-    accountant.compose(event, mechanism.steps)
-    return tuple(float(value) for value in accountant.rdp)
+    accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), mechanism.steps)
+    return tuple(
+        max(0.0, float(value)) + mechanism.steps * _ROUNDING / (a - 1)
+        for a, value in zip(orders, accountant.rdp, strict=True)
+    )
 
 
 def rdp_profile(mechanism: Mechanism) -> RdpProfile:
