@@ -108,13 +108,19 @@ FREE = {
 }  # fmt: skip
 
 
+def flattering(path, value):
+    """Another value, for bounds on the loss a smaller one: a larger one would be valid."""
+    is_bound = path[0] in ("accounting", "risk") and isinstance(value, float) and "bayes_error" not in path
+    return value / 2 if is_bound and value else other(value)
+
+
 def test_a_renamed_forgery_must_still_follow_from_the_record(copy):
     """Resealed: the hash fits again, so only meaning can betray the change."""
     document = json.loads((copy / "privacy.json").read_text())
     for path, value in leaves(document):
-        if path[:2] in FREE or path == ("admin", "id"):
+        if path[:2] in FREE or path == ("admin", "id") or (path[-1] == "regret" and value == 0):
             continue
-        (copy / "privacy.json").write_text(replaced(document, path, other(value), seal=True))
+        (copy / "privacy.json").write_text(replaced(document, path, flattering(path, value), seal=True))
         with contextlib.suppress(RunError):
             assert not verify(copy).passed, path
 
@@ -277,7 +283,7 @@ def test_certificates_are_issued_again(tmp_path):
             continue
         (folder / "privacy.json").write_text(replaced(document, path, other(value), seal=True))
         failed = {c.name for c in verify(folder).failures}
-        assert failed & {"certificate", "claim"}, path
+        assert failed & {"certificate", "claim", "agreement"}, path
 
 
 def test_a_smoother_certificate_than_its_parts_allow_is_found(tmp_path):
