@@ -34,9 +34,10 @@ SCHEMA_VERSION = 1
 # raise to about 1e-10; what is stated was rounded up to nine digits, of which the last may turn for that
 _TOLERANCE = 1e-9
 _LAST_DIGIT = 1.1e-8
-# upper bounds: a larger value than the recomputed one is valid, a smaller one is not
+# upper bounds: a somewhat larger value than the recomputed one is valid, a smaller one is not
 _UPPER = frozenset({"epsilon_composition", "epsilon_without_amplification", "advantage", "tpr"})
 _VIEW = ("mu", "residual_delta", "regret")
+_LOOSER = 0.05  # how much weaker than the recomputed one a valid bound may be
 _READING = 1e-6  # of the readings of a curve, which are searched for on a grid
 _FPRS = (1e-4, 1e-3, 1e-2, 1e-1)
 _DELTAS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
@@ -388,7 +389,7 @@ def _merge(group: str, derived: dict[str, Any], given: Mapping[str, Any] | None)
 
 
 def _follows(name: str, given: Any, derived: Any) -> bool:
-    """True where a stated value is the derived one, or a weaker bound than the derived one.
+    """True where a stated value is the derived one, or a bound that is a little weaker.
 
     Every bound of a statement has to be among the recomputed ones, and not below it: tighter accounting must
     not refuse what was right when it was written.
@@ -397,7 +398,9 @@ def _follows(name: str, given: Any, derived: Any) -> bool:
         return _at_least(given, derived, _LAST_DIGIT if name.startswith("epsilon") else _READING)
     if name == "bayes_error":
         # half of the advantage is rounded up to nine digits before it is taken from 1/2
-        return _is_number(given) and bool(given <= derived * (1 + _READING) + 1e-9)
+        return _is_number(given) and bool(
+            derived * (1 - _LOOSER) - 1e-9 <= given <= derived * (1 + _READING) + 1e-9
+        )
     if name == "mu":
         return _follows_view(given, derived)
     if name == "delta_to_epsilon":
@@ -443,10 +446,11 @@ def _follows_bounds(given: Any, derived: list[dict[str, Any]]) -> bool:
 
 
 def _at_least(given: Any, derived: Any, tolerance: float) -> bool:
-    """True where an upper bound, None for infinity, is not below another."""
+    """True where an upper bound, None for infinity, is not below another, nor far above it."""
     if derived is None or given is None:
         return given is None
-    return _is_number(given) and bool(given >= derived * (1 - tolerance) - tolerance * 1e-3)
+    least, most = derived * (1 - tolerance) - tolerance * 1e-3, derived * (1 + _LOOSER) + 2 * _READING
+    return _is_number(given) and bool(least <= given <= most)
 
 
 def _is_number(value: Any) -> bool:

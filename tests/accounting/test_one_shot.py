@@ -76,6 +76,22 @@ def test_output_perturbation_sensitivity(adjacency, factor):
     assert best_bound(inexact, delta=1e-5).best.mu == pytest.approx((factor * 0.015 + 2e-3) / (0.2 * 0.3))
 
 
+@pytest.mark.parametrize(("noise", "rate"), [(1e6, 0.5), (1e4, 0.1), (3.0, 1e-9), (1.0, 1e-3)])
+def test_renyi_bounds_are_not_below_quadrature(noise, rate):
+    """Moments that differ from 1 by less than a sum of logarithms can tell need an allowance."""
+    orders = (1.05, 1.75, 4.25, 40.0, 430.5389646099018)
+    step = 2.0**-12
+    x = step * np.arange(-40 / step, (40 + orders[-1] / noise) / step if noise > 100 else 60 / step)
+    weights = np.exp(-x * x / 2) * step / math.sqrt(2 * math.pi)
+    ratio = rate * np.expm1(x / noise - 0.5 / noise**2)
+    for order, value in zip(orders, rdp(PoissonGaussian(noise, rate, 1), orders), strict=True):
+        if order / noise > 20:
+            continue
+        # the mean of the ratio is 0, which takes the linear term out exactly
+        excess = np.sum(weights * (np.expm1(order * np.log1p(ratio)) - order * ratio))
+        assert value >= math.log1p(excess) / (order - 1) * (1 - 1e-9)
+
+
 def test_renyi_oracle_and_conversion(oracles):
     case = oracles["rdp_poisson"]
     values = rdp(

@@ -142,7 +142,10 @@ def test_weaker_readings_than_the_recomputed_ones_are_valid():
         {**row, "epsilon": row["epsilon"] * 0.99999} for row in statement.accounting["delta_to_epsilon"]
     ]
     assert not tampered(("accounting", "delta_to_epsilon"), stronger).holds
-    assert tampered(("risk", "advantage"), 1.0).holds
+    assert tampered(("risk", "advantage"), statement.risk["advantage"] * 1.01).holds
+    assert not tampered(("risk", "advantage"), 1.0).holds
+    far = [{**row, "epsilon": row["epsilon"] * 1.2} for row in rows]
+    assert not tampered(("accounting", "delta_to_epsilon"), far).holds
     assert not tampered(("risk", "bayes_error"), 0.5).holds
     bounds = [{"name": "composition", "epsilon": 4.0}, {"name": "magic", "epsilon": 1.0}]
     assert not tampered(("accounting", "bounds"), bounds).holds

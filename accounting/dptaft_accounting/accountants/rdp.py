@@ -17,7 +17,7 @@ ORDERS: tuple[float, ...] = (
     *(float(k) for k in range(19, 64)),
     *(float(64 * 2 ** (k / 4)) for k in range(13)),
 )
-_ROUNDING = 1e-12  # of the logarithm of a moment: the peer cuts its series at 1e-13 and sums logarithms
+_ROUNDING = 2e-13  # of the logarithm of a moment: the peer cuts its series at 1e-13 and sums over the order
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _poisson(mechanism: PoissonGaussian, orders: Sequence[float]) -> tuple[float
     accountant = RdpAccountant(list(orders))
     accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), mechanism.steps)
     return tuple(
-        max(0.0, float(value)) + mechanism.steps * _ROUNDING / (a - 1)
+        max(0.0, float(value)) + mechanism.steps * _ROUNDING * (1 + a / 50) / (a - 1)
         for a, value in zip(orders, accountant.rdp, strict=True)
     )
 
