@@ -154,7 +154,7 @@ def shell(line, folder):
 def test_closed_and_broken_streams_stop_no_training(tmp_path):
     write_folder(tmp_path / "pets", count=20)
     train = "dptaft train --epsilon 3 --steps 2 --scope head --data pets --delta 0.2 --output"
-    for name, closed in (("a", "2>&-"), ("b", ">&-"), ("c", "<&- >&- 2>&-"), ("d", "2> >(exec true)")):
+    for name, closed in (("c", "<&- >&- 2>&-"), ("d", "2> >(exec true)")):
         done = shell(f"{train} {name} {closed}", tmp_path)
         assert done.returncode == 0, (closed, done.stderr)
         assert dptaft.load_run(tmp_path / name).statement is not None
