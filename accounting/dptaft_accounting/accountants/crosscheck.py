@@ -76,7 +76,7 @@ def distance(stated: float, lower: float, upper: float) -> float:
     Below 0.01 the two agree: neither can hide an error of the mechanism larger than that.
 
     >>> round(distance(2.0, 1.9, 2.1), 6), distance(2.0, 2.0, 2.0)
-    (0.05, 0.0)
+    (0.0495, 0.0)
     """
     if stated <= 0:
         return 0.0 if upper <= _SMALL else math.inf
