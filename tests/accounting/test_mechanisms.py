@@ -162,6 +162,7 @@ def test_numbers_beyond_floats_are_refused(steps):
         SequenceComposition((PoissonGaussian(1e-6, 0.5, 10), PoissonGaussian(1.0, 0.5, 10))),
         SequenceComposition(tuple(PoissonGaussian(1 + k / 1000, 0.01 + k / 1e5, 5) for k in range(400))),
         SoftmaxObjectivePerturbation(1e300, 3, 1.0, 1.0),
+        RepeatAndSelect(FULL, 1e5, shape=5e-324),
         SoftmaxObjectivePerturbation(1.0, 3, 1e-100, 1e-200),
     ],
     ids=lambda m: m.kind,
