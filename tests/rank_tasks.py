@@ -137,9 +137,15 @@ def train(folder, options, *, kill=None, stop=None, count=RECORDS):
     return str(run.path), len(calls)
 
 
-def train_twice(folder, options):
-    """Two equal runs, one after the other, in the same processes."""
-    return [train(folder, {**options, "output": Path(folder, name)}) for name in ("a", "b")]
+def train_twice(folder, options, port):
+    """Two equal runs, one after the other, in the same processes.
+
+    The second one meets at another port: without a launcher's own store, a process that has left the first
+    meeting may come back to it before the first process has closed it.
+    """
+    first = train(folder, {**options, "output": Path(folder, "a")})
+    os.environ["MASTER_PORT"] = str(port)
+    return [first, train(folder, {**options, "output": Path(folder, "b")})]
 
 
 class Broken:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import rank_tasks
 import torch
-from ranks import succeeded, together
+from ranks import free_port, succeeded, together
 from safetensors.torch import load_file
 
 import dptaft
@@ -19,7 +19,7 @@ def test_every_process_keeps_its_own_features_and_nothing_changes(tmp_path):
     options = {"epsilon": float("inf"), "device": "cpu", "scope": "head", "steps": 3, "ledger": None}
     alone = dptaft.train(rank_tasks.data(), **options, output=tmp_path / "alone")
     options["feature_cache"] = str(tmp_path / "cache")
-    first, second = succeeded(together(2, rank_tasks.train_twice, tmp_path, options))
+    first, second = succeeded(together(2, rank_tasks.train_twice, tmp_path, options, free_port()))
     assert first[0][0] == second[0][0]
     assert len(entries(tmp_path / "cache")) == 3  # two parts of the records; 75 evaluation images are one
     expected = load_file(alone.path / "model.safetensors")

@@ -3,7 +3,7 @@ import math
 import pytest
 import rank_tasks
 import torch
-from ranks import DIED, Failed, succeeded, together
+from ranks import DIED, Failed, free_port, succeeded, together
 from safetensors.torch import load_file
 
 import dptaft
@@ -31,7 +31,7 @@ def weights(path):
 def test_noise_is_added_exactly_once(tmp_path, options):
     """Two runs of one step from the same sums differ by their noise alone, which is measured."""
     given = {**COMMON, **ONE_STEP, **options, "ledger": None}
-    first, second = succeeded(together(2, rank_tasks.train_twice, tmp_path, given))
+    first, second = succeeded(together(2, rank_tasks.train_twice, tmp_path, given, free_port()))
     paths = [path for path, _ in first]
     assert [path for path, _ in second] == paths
     assert [calls for _, calls in first + second] == [1, 1, 0, 0]  # of the Gaussian mechanism
