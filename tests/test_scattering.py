@@ -141,6 +141,7 @@ def test_scopes(backbone):
         TangentModel(backbone.model, "last:2")
 
 
+@pytest.mark.slow
 def test_features_separate_digits(backbone):
     data = load_data("digits")
     model = TangentModel(backbone.model, "head")

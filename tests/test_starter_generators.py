@@ -87,6 +87,7 @@ def test_parameters_vary_and_stay_in_their_unit(name):
     assert parameters[known].abs().quantile(0.95) < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["characters", "fractals", "atoms", "leaves", "silhouettes"])
 def test_classes_differ(name):
     """Variance between classes over that within, of power spectra, which forget place: 1 for random labels."""

@@ -67,7 +67,7 @@ def test_a_full_batch_follows_its_closed_form(records, epsilon):
     assert noise >= 10.0 / epsilon_to_mu(epsilon, delta) * (1 - 1e-9)
 
 
-@pytest.mark.parametrize("records", [10**6, 10**9])
+@pytest.mark.parametrize("records", [10**6, pytest.param(10**9, marks=pytest.mark.slow)])
 def test_a_calibrated_sample_spends_what_it_may(records):
     rate, delta = 1e5 / records, min(1e-5, 0.1 / records)
     target = Target(epsilon=3.0, delta=delta)

@@ -164,6 +164,7 @@ def test_mean_over_the_realised_batch(trained, data, monkeypatch, sampling):
     assert report.verdict == "violation"
 
 
+@pytest.mark.slow
 def test_poisson_replaced_by_shuffling(trained, data, monkeypatch):
     run = trained(sampling="poisson", expected_batch_size=12, steps=40)
     assert audit(run, data).verdict != "violation"
