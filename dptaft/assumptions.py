@@ -3,8 +3,9 @@
 A row compares one value of the statement with one value of ``run.toml`` (or ``metrics.jsonl``). A statement
 may assume less than the run did, never more. Where the statement is silent it assumes nothing. Where
 ``run.toml`` is silent, `missing` stands for what the run did: the value on which the least can be claimed (a
-run that does not say `certified` is not certified). Rows without one compare nothing then: only ``run.toml``
-of older versions lacks them, and `verify` says so. Needs no torch.
+run that does not say `certified` is not certified). Rows without one compare nothing then where ``run.toml``
+is of an older version, which `verify` says; one with the table `training` owes a value to each of them.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Assumption:
         ran: where the run says it (`dptaft.said.RunSays`).
         holds: whether the stated value assumes no more than the other one.
         of: the runs that it concerns: `every`, `steps`, `certified`, `one-shot`, `selected`, `composed`.
-        missing: what the run did where it does not say; UNSAID compares nothing.
+        missing: what the run did where it does not say; UNSAID compares nothing, unless the run owes it.
     """
 
     name: str
@@ -51,16 +52,16 @@ class Assumption:
         """One line where the statement assumes more than the run did."""
         stated, ran = statement.value(self.stated), run.value(self.ran)
         ran = self.missing if ran is UNSAID else ran
-        if stated is UNSAID or stated is None or ran is UNSAID:
+        if stated is UNSAID or stated is None or (ran is UNSAID and not run.owes(self.ran)):
             return None
         try:
-            fine = self.holds(stated, ran)
+            fine = ran is not UNSAID and self.holds(stated, ran)
         except (TypeError, ValueError):  # another kind of value
             fine = False
         if fine:
             return None
         stated, ran = _where_they_differ(stated, ran)
-        found = "nothing" if ran is None else _short(ran)
+        found = "nothing" if ran is None or ran is UNSAID else _short(ran)
         return f"{self.name}: the statement has {self.stated} {_short(stated)}, {CONFIG} {self.ran} {found}"
 
 

@@ -189,6 +189,13 @@ def enrol(
     return near
 
 
+def learn_records(ledger: Ledger, content: str, records: Callable[[], Iterable[bytes]] | None) -> None:
+    """Make the records of a known content known, for an entry that an older program reserved without them."""
+    name = ledger.find(content)
+    if name is not None and records is not None and not ledger.knows_records(content):
+        ledger.register(content, name, records=records())
+
+
 class LedgerAccount:
     """Charges one run to a ledger (see `dptaft.training.account.Account`).
 
@@ -244,6 +251,7 @@ class LedgerAccount:
         if pointer is not None:
             if ledger.entry(pointer["entry"]).part != self._part:
                 raise LedgerError(f"{partial} belongs to another part of the data; start a new run")
+            learn_records(ledger, self._content, records)
             self._entry = ledger.resume(
                 pointer["entry"], self._content, cost, mechanism, bookmarks=pointer["bookmarks"].split()
             )

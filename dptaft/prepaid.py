@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dptaft.backends.attempts import refuse_withdrawn
-from dptaft.budgeting import UNIT, composition_fields, enrol, open_ledger, release_abandoned
+from dptaft.budgeting import UNIT, composition_fields, enrol, learn_records, open_ledger, release_abandoned
 from dptaft.training.account import Spending
 from dptaft.training.checkpoint import write_atomically
+from dptaft.training.marks import PROGRESS, RESULT
 from dptaft_accounting import Mechanism
 from dptaft_accounting.ledger import Cost
 from dptaft_accounting.ledger_filter import Part
@@ -93,12 +94,14 @@ def charge(bill: Bill, ledger: Path, pointer: Path) -> dict[str, Any]:
         )
         content_of_pointer = {"ledger": book.id, "path": str(ledger.absolute()), "entry": entry.id}
         write_atomically(pointer, json.dumps(content_of_pointer).encode())
-    elif entry.state == _OPEN:
+    else:
+        learn_records(book, bill.content, bill.records)
+    if known is not None and entry.state == _OPEN:
         entry = book.resume(entry.id, bill.content, cost, mechanism)
     if entry.state == _OPEN:
         book.authorise(entry.id, entry.token, cost)
         entry = book.commit(entry.id, entry.token, cost, mechanism, certificate)
-    if book.find(bill.content) != entry.dataset:
+    if book.fingerprint(bill.content) != entry.fingerprint:
         raise PaymentError(
             f"{pointer.parent} was charged to {entry.dataset!r} and {bill.data!r} holds other records now; "
             "restore them, or choose another --output"
@@ -185,9 +188,10 @@ class PrepaidAccount:
             PaymentError: more, or it was paid for once and spent.
         """
         self._require(plan)
-        continues = self._partial is not None and self._partial.is_dir()
-        if self._trace is not None and self._trace.exists() and not continues:
-            finished = self._trace.read_bytes() != _BEGUN
+        if self._trace is None or not self._trace.exists():
+            return
+        finished = self._trace.read_bytes() != _BEGUN
+        if not self._continues(finished):
             what = (
                 "was trained, and its run folder is gone" if finished else "was begun, and its state is lost"
             )
@@ -195,6 +199,13 @@ class PrepaidAccount:
                 f"it {what}: a second result costs again; bring the folder back, or start anew (another "
                 "--output)"
             )
+
+    def _continues(self, finished: bool) -> bool:
+        """Whether the state of the run is there; one killed right after its trace has a lock and no steps."""
+        if self._partial is None or not self._partial.is_dir():
+            return False
+        names = {path.name for path in self._partial.iterdir()}
+        return bool(names & {PROGRESS, RESULT} if finished else names)
 
     def authorise(self, spent: Spending) -> None:
         """Compare all steps so far, and the ones about to run, with what was paid."""

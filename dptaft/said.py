@@ -31,6 +31,7 @@ _KINDS_OF_METHOD = {
     "output-perturbation": ("output-perturbation",),
 }
 _NESTED = ("sequence", "parallel")
+_FROM_TRAINING = ("derived.given", "derived.mu")
 _ENTRY = ("factor", "partition", "shard", "epsilon", "delta")
 
 
@@ -167,6 +168,10 @@ class RunSays:
         """The value under a dotted name, or UNSAID."""
         return _look_up(self._tree, name)
 
+    def owes(self, name: str) -> bool:
+        """Whether a value comes from the table `training` and the run has one: then it says all of it."""
+        return "training" in self._config and (name.startswith("training.") or name in _FROM_TRAINING)
+
     def _kinds(self) -> tuple[str, ...]:
         """Kinds of mechanism records that this run can have."""
         if self.kind == COMPOSED:
@@ -186,7 +191,7 @@ class RunSays:
         if self.kind == SELECTED:
             return []
         given = _look_up(self._config, "training.given")
-        if self.kind == COMPOSED or given is not UNSAID:
+        if self.kind == COMPOSED or given is not UNSAID or "training" in self._config:
             return given
         privacy = self._config["privacy"]
         return [name for name in ("steps", "l2_clip_norm", "expected_batch_size") if name in privacy]

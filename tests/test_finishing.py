@@ -253,6 +253,20 @@ def test_a_kept_result_is_not_written_for_another_request(tmp_path, monkeypatch)
     assert run.statement.claim["epsilon"] <= 2
 
 
+@pytest.mark.parametrize("kind", ["full-batch", "output"])
+def test_a_kept_result_is_not_charged_to_other_images(tmp_path, monkeypatch, kind):
+    """The same labels and settings, begun without a ledger: the ledger would name images that it did not see."""
+    options = KINDS[kind]
+    finish_fails(monkeypatch, tmp_path, "weights", 1, options | {"ledger": None})
+    others = small_data()
+    others.train.pixels._array[0] = 1 - others.train.pixels._array[0]
+    for ledger in ("auto", None):
+        with pytest.raises(ValueError, match=r"images was .* start a new run"):
+            dptaft.train(others, output=tmp_path / "run", resume=True, ledger=ledger, **options)
+    run = dptaft.train(small_data(), output=tmp_path / "run", resume=True, ledger=None, **options)
+    assert run.statement is not None
+
+
 def test_drafts_of_killed_writes_are_removed_and_others_stay(tmp_path):
     stale, other = tmp_path / ".run-abcdefgh", tmp_path / ".run-again-abcdefgh"
     for folder in (stale, other):

@@ -78,3 +78,4 @@ def test_a_killed_run_is_resumed(first, monkeypatch):
     assert result.exit_code == 0, result.output
     assert verify(first / "killed").passed
     assert not (first / "killed.partial").exists()
+    assert Ledger(first / "ledger.sqlite").unmarked() == []

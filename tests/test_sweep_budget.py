@@ -17,6 +17,7 @@ import tomli_w
 from builders import small_images
 from sweeping import HEAD, recipe
 
+from dptaft.identity import identify
 from dptaft.prepaid import PaymentError, PrepaidAccount, charge
 from dptaft.runs import load_run
 from dptaft.sweep import select
@@ -157,6 +158,10 @@ def test_a_sweep_whose_data_changed_is_refused(tmp_path):
     fewer = replace(data, train=data.train.take(range(59)))
     with pytest.raises(PaymentError, match="holds other records now; restore them"):
         charge(whole.bill(fewer, "sweep"), *places)
+    known, book = identify(fewer), Ledger(places[0])
+    assert book.register(known.content, "small", records=known.records) == book.datasets()[0]
+    with pytest.raises(PaymentError, match="holds other records now; restore them"):  # one more version
+        charge(whole.bill(fewer, "sweep"), *places)
     charge(whole.bill(data, "sweep"), *places)
 
 
@@ -164,11 +169,12 @@ def test_a_finished_point_continues_from_its_partial_folder_alone(tmp_path):
     spending = Spending(FullBatchGaussian(5.0, steps=4), None, 1e-5)
     partial = tmp_path / "runs" / "point.partial"
     partial.mkdir(parents=True)
+    (partial / "result.safetensors").touch()
     account = PrepaidAccount({}, spending, tmp_path / "finished" / "point", partial)
     for _ in range(2):  # stopped between its commit and its run folder
         account.reserve(spending)
         account.commit(spending)
-    partial.rmdir()
+    (partial / "result.safetensors").unlink()  # an empty folder is no state either
     with pytest.raises(PaymentError, match="bring the folder back, or start anew"):
         account.reserve(spending)
 

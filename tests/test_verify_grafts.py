@@ -24,6 +24,7 @@ from dptaft.runs import (
     write_config,
     write_statement,
 )
+from dptaft.said import UNSAID, StatementSays
 from dptaft.shards import compose, remove_shard, train_shards
 from dptaft.sweep.select import run_selection
 from dptaft.verification import verify
@@ -333,6 +334,31 @@ def test_an_old_run_without_the_new_table_verifies_and_gains_nothing(runs, tmp_p
     message = next(c.message for c in verify(folder).failures if c.name == "agreement")
     for words in ("certified training", "plain gradient steps", "the last iterate", "unit Jacobians"):
         assert f"{words}: " in message
+
+
+@pytest.mark.parametrize("kind", ["full", "poisson", "cyclic", "certified poisson", "objective", "output"])
+def test_a_run_that_keeps_one_fact_to_itself_is_refused(runs, tmp_path, kind):
+    """Else a forger would remove the line of ``run.toml`` that gives a graft away."""
+    said = StatementSays(json.loads((runs[kind] / STATEMENT).read_text()))
+    of = {"every", "one-shot" if kind in ("objective", "output") else "steps"} | (
+        {"certified"} if said.certified else set()
+    )
+    owed = {
+        row.ran.removeprefix("training.")
+        for row in ASSUMPTIONS
+        if row.of in of and row.missing is UNSAID and said.value(row.stated) not in (UNSAID, None)
+    }
+    facts = read_config(runs[kind])["training"].keys() & {*owed, "given"}
+    assert len(facts) >= 7
+    for name in facts:
+        folder = shutil.copytree(runs[kind], tmp_path / name)
+        config = read_config(folder)
+        del config["training"][name]
+        write_config(folder, config)
+        seal(folder, json.loads((folder / STATEMENT).read_text()))
+        found = {check.name: check.message for check in verify(folder).failures}
+        assert set(found) == {"agreement"}, name
+        assert found["agreement"].endswith("nothing")
 
 
 @pytest.mark.parametrize("kind", ["composed", "removed", "one part"])

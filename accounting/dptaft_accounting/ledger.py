@@ -409,7 +409,8 @@ class Ledger:
 
         Args:
             entry: its id.
-            content: digest of the data.
+            content: digest of the data, the one that was reserved: another version of its data set may share
+                records with others.
             cost: in total.
             mechanism: record of the plan.
             bookmarks: those that the folder of the run holds. A folder without the last one that was charged
@@ -424,8 +425,7 @@ class Ledger:
 
         def fields(state: State) -> dict[str, Any]:
             found = state.entry(entry)
-            dataset = known_dataset(state, found.dataset)
-            if state.names.get(fingerprint) != dataset.name or mechanism.adjacency != found.adjacency:
+            if found.fingerprint != fingerprint or mechanism.adjacency != found.adjacency:
                 raise LedgerError(
                     f"entry {entry} belongs to other data or another adjacency; start a new run"
                 )

@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 
 from dptaft_accounting.ledger_filter import LedgerError
 
@@ -42,15 +43,20 @@ def marks_of(records: Iterable[bytes], key: str) -> bytes:
 
 def are_within(marks: bytes, others: Iterable[bytes]) -> bool:
     """Whether every mark is among those of the others."""
-    left = np.frombuffer(marks, dtype=">u8")
+    left = _numbers(marks)
     for other in others:
-        left = left[~np.isin(left, np.frombuffer(other, dtype=">u8"))]
+        left = left[~np.isin(left, _numbers(other), kind="sort")]
     return len(left) == 0
 
 
 def do_meet(marks: bytes, other: bytes) -> bool:
     """Whether two sets share a mark."""
-    return bool(np.isin(np.frombuffer(marks, dtype=">u8"), np.frombuffer(other, dtype=">u8")).any())
+    return bool(np.isin(_numbers(marks), _numbers(other), kind="sort").any())
+
+
+def _numbers(marks: bytes) -> npt.NDArray[np.uint64]:
+    """In the byte order of the machine: numpy compares others in some cases only."""
+    return np.frombuffer(marks, dtype=">u8").astype(np.uint64)
 
 
 def digest_of(marks: bytes) -> str:

@@ -199,8 +199,9 @@ class Checkpointer:
             "authorised": self._authorised,
             "processes": self.processes,
         }
-        write_atomically(self.folder / COPY, json.dumps(self._authorised).encode())
+        # in this order: a run killed before its first copy is one that has none, and can be continued
         write_atomically(self.folder / PROGRESS, json.dumps(content).encode())
+        write_atomically(self.folder / COPY, json.dumps(self._authorised).encode())
 
     def _read_progress(self) -> list[tuple[int, int]]:
         path = self.folder / PROGRESS

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRESS, COPY = "progress.json", "authorised.json"
+RESULT = "result.safetensors"
 Range = tuple[int, int]
 
 

@@ -158,7 +158,7 @@ def _member(data: ImageData, point: Point, learner: Learner) -> Member:
         raise PlanError("only full-batch runs of tangent models with the fused engine share steps")
     partial = partial_folder(point.output)
     same = identity(prepared, point.request, data.train.labels)
-    kept = read_result(partial, same, learner.device)
+    kept = read_result(partial, same, data.train, learner.device)
     if kept is None:
         require_memory(learner, data)
         rehearse(point.output, data, point.request, prepared)

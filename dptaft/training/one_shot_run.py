@@ -17,10 +17,11 @@ from dptaft.runs import Run
 from dptaft.tangent.diameter import double_operator
 from dptaft.training.account import Account
 from dptaft.training.finish import evaluate, rehearse, warn_of_delta, write_one_shot_run
+from dptaft.training.marks import RESULT
 from dptaft.training.one_shot import train_once
 from dptaft.training.plan import Request
 from dptaft.training.preparation import PreparedOneShot, prepare_one_shot
-from dptaft.training.result import RESULT, identity, keep_result, read_result, settle, spare_room
+from dptaft.training.result import identity, keep_result, read_result, settle, spare_room
 from dptaft.training.steps import Trained, require_finite_features
 from dptaft.training.sums import sources
 
@@ -47,7 +48,7 @@ def run_one_shot(
     plan, learner = prepared.plan, prepared.learner
     warn_of_delta(plan.delta, data, request)
     same = identity(prepared, request, data.train.labels)
-    kept = read_result(partial, same, learner.device)
+    kept = read_result(partial, same, data.train, learner.device)
     trained, metrics = (None, None) if kept is None else kept
     try:
         if trained is None:
@@ -89,7 +90,8 @@ def _trained(
     data.warn_copies()
     with spare_room(partial, prepared.learner.parameters):
         account.authorise(prepared.spending())
-        trained = Trained(solve(prepared, request, cached, data.train.labels, progress), 1.0)
+        weights = solve(prepared, request, cached, data.train.labels, progress)
+        trained = Trained(weights, 1.0, images=cached.digest)
         keep_result(partial, same, trained, None)
     return trained
 

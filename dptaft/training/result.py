@@ -1,7 +1,8 @@
 """A result on its way from training to its run folder: what was paid for can be written until it is written.
 
 Before the charge is made final, weights, executed steps and metrics are durable in the private folder of the
-unfinished run. Whatever fails afterwards, a resumed run writes them and touches no record again.
+unfinished run. Whatever fails afterwards, a resumed run writes them; of the records it only sees whether they
+are the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dptaft.data import Split
+from dptaft.learner import PixelDigest
 from dptaft.runs import OutputLostError, Run, load_run, new_run
 from dptaft.training.account import Account, Spending
 from dptaft.training.checkpoint import (
@@ -28,12 +31,12 @@ from dptaft.training.checkpoint import (
     require_same,
     write_atomically,
 )
+from dptaft.training.marks import RESULT
 from dptaft.training.plan import Request, plain
 from dptaft.training.preparation import Prepared, PreparedOneShot
 from dptaft.training.steps import Trained
 from dptaft_accounting.ledger import LedgerError
 
-RESULT = "result.safetensors"
 _HEADER, _FORMAT = "dptaft_result", 1
 _SPARE = "room"
 
@@ -93,6 +96,7 @@ def _keep(
         "executed": trained.executed,
         "completed": trained.completed,
         "processes": trained.processes,
+        "images": trained.images,
         "metrics": metrics,
     }
     own = {name: value.detach().cpu().clone().contiguous() for name, value in trained.weights.items()}
@@ -105,12 +109,12 @@ def _keep(
 
 
 def read_result(
-    partial: Path, same: Mapping[str, Any], device: torch.device
+    partial: Path, same: Mapping[str, Any], records: Split, device: torch.device
 ) -> tuple[Trained, Metrics | None] | None:
     """The result that an earlier attempt kept, with its metrics where it was evaluated; None for none.
 
     Raises:
-        ResumeError: it is damaged, or of another request.
+        ResumeError: it is damaged, of another request, or made from other images: those would be charged.
     """
     path = partial / RESULT
     if not path.exists():
@@ -125,11 +129,21 @@ def read_result(
     if not known:
         raise ResumeError(f"{path} has format {header['format']}, this version reads {_FORMAT}")
     require_same(header["identity"], same)
+    images = str(header.get("images", ""))
+    if images:
+        require_same({"images": images}, {"images": _digest_of(records)})
     executed = tuple(int(number) for number in header["executed"])
     trained = Trained(
-        weights, header["l2_clip_norm"], executed, int(header["completed"]), int(header["processes"])
+        weights, header["l2_clip_norm"], executed, int(header["completed"]), int(header["processes"]), images
     )
     return trained, header["metrics"]
+
+
+def _digest_of(records: Split) -> str:
+    seen = PixelDigest()
+    for i in range(len(records)):
+        seen.add(records.pixels[i])
+    return seen.value()
 
 
 def discard_blank(partial: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Trained:
         executed: numbers of all steps that may have touched the data, repeated ones again.
         completed: how many of them the weights contain.
         processes: that shared the records; the most, where the run was interrupted.
+        images: digest of the pixels that were trained on (`dptaft.learner.Cached`); private.
     """
 
     weights: Mapping[str, Tensor]
@@ -55,6 +56,7 @@ class Trained:
     executed: tuple[int, ...] = ()
     completed: int = 0
     processes: int = 1
+    images: str = field(default="", repr=False)
 
     @property
     def dimension(self) -> int:
@@ -98,7 +100,7 @@ class RunState:
         processes: int = 1,
     ) -> None:
         self.prepared, self.parameters = prepared, parameters
-        self._account = account
+        self._account, self._images = account, cached.digest
         plan = prepared.plan
         self.private = build_optimizer(
             parameters,
@@ -179,7 +181,7 @@ class RunState:
             weights = {name: value.float() for name, value in weights.items()}
         kept = self._checkpointer
         completed, norm = kept.progress.completed, self.private.max_grad_norm
-        return Trained(weights, norm, self._charged(), completed, kept.processes)
+        return Trained(weights, norm, self._charged(), completed, kept.processes, self._images)
 
     def close(self) -> None:
         """Let another process continue the run; a run that never started leaves nothing."""

@@ -12,10 +12,11 @@ from dptaft.learner import Cached, Progress
 from dptaft.runs import Run, check_output
 from dptaft.training.account import Account
 from dptaft.training.finish import evaluate, rehearse, scores, warn_of_delta, write_run
+from dptaft.training.marks import RESULT
 from dptaft.training.one_shot_run import run_one_shot
 from dptaft.training.plan import PlanError, Request
 from dptaft.training.preparation import Prepared, prepare
-from dptaft.training.result import RESULT, discard_blank, identity, keep_result, read_result, settle
+from dptaft.training.result import discard_blank, identity, keep_result, read_result, settle
 from dptaft.training.steps import is_resumable, train_steps
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def train_prepared(
     """
     warn_of_delta(prepared.plan.delta, data, request)
     same = identity(prepared, request, data.train.labels)
-    kept = read_result(partial, same, prepared.learner.device)
+    kept = read_result(partial, same, data.train, prepared.learner.device)
     trained, metrics = (None, None) if kept is None else kept
     try:
         if trained is None:

@@ -8,6 +8,7 @@ import pytest
 
 from dptaft_accounting import best_bound, ledger_chain, ledger_owner
 from dptaft_accounting.ledger import Budget, BudgetExceededError, Cost, Ledger, LedgerError
+from dptaft_accounting.ledger_records import are_within, do_meet, marks_of
 from dptaft_accounting.mechanisms import FullBatchGaussian, PoissonGaussian
 from dptaft_accounting.tradeoff import epsilon_to_mu, mu_to_epsilon
 
@@ -310,6 +311,18 @@ def test_resume_needs_the_same_data_and_adjacency(ledger):
         ledger.resume("nothing", "a", cost_of(gaussian(0.5)), gaussian(0.5))
 
 
+def test_resume_refuses_another_version_of_the_same_data_set(ledger):
+    """It may share records with data that the first version does not share them with."""
+    ledger.register("elsewhere", "limited", records=[b"1"])
+    ledger.declare("limited", Budget.from_epsilon(3.0, 1e-5))
+    entry = reserve(ledger, 2.0)
+    assert ledger.register("more", "scans", records=[b"1", b"2"]) == "scans"
+    with pytest.raises(LedgerError, match="belongs to other data"):
+        ledger.resume(entry.id, "more", cost_of(gaussian(2.0)), gaussian(2.0))
+    with pytest.raises(BudgetExceededError, match="'limited'"):
+        reserve(ledger, 2.0, "more")
+
+
 # the whole budget for one run
 
 
@@ -511,3 +524,11 @@ def test_accounting_and_ledger_stay_free_of_torch(ledger):
 def test_the_file_is_private(ledger):
     assert os.stat(ledger.path).st_mode & 0o077 == 0
     assert list(Path(ledger.path).parent.iterdir()) == [ledger.path]
+
+
+@pytest.mark.parametrize("key", [f"{number:064x}" for number in range(8)])
+def test_a_content_of_one_record_is_compared_like_any_other(key):
+    """Under any key: the one mark may lie below, within or above the others."""
+    many, one, none = (marks_of(found, key) for found in ([b"%d" % i for i in range(60)], [b"7"], [b"x"]))
+    assert (do_meet(many, one), do_meet(one, many), do_meet(many, none)) == (True, True, False)
+    assert (are_within(one, [none, many]), are_within(many, [one])) == (True, False)

@@ -172,11 +172,15 @@ def test_records_that_were_touched_are_not_touched_again_on_the_same_payment(tmp
     with pytest.raises(PaymentError, match="was begun, and its state is lost"):
         account.reserve(PAID)
     partial.mkdir()
+    with pytest.raises(PaymentError, match="was begun, and its state is lost"):
+        account.reserve(PAID)
+    (partial / "lock").touch()  # killed right after the trace, before a step was listed
     account.reserve(PAID)
     account.commit(PAID)
-    partial.rmdir()
     with pytest.raises(PaymentError, match="was trained, and its run folder is gone"):
         account.reserve(PAID)
+    (partial / "progress.json").touch()
+    account.reserve(PAID)
 
 
 def test_one_parent_at_a_time_whatever_locks_do(tmp_path, monkeypatch):

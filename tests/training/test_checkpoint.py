@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from dptaft.training import checkpoint
 from dptaft.training.checkpoint import (
     Checkpointer,
     GracefulStop,
@@ -176,6 +177,27 @@ def test_a_lost_step_cannot_be_hidden_by_editing_the_progress_alone(tmp_path, li
     three = Checkpointer(tmp_path, CONFIG)
     assert three.progress.charged_steps == 13
     three.close()
+
+
+def test_a_run_killed_between_its_first_two_lists_can_be_continued(tmp_path, monkeypatch):
+    """No step has run before both are written; whatever one of them lists is charged."""
+    write, done = checkpoint.write_atomically, []
+
+    def killed_after_one(path, content):
+        if done:
+            raise KeyboardInterrupt
+        done.append(path)
+        write(path, content)
+
+    first = Checkpointer(tmp_path, CONFIG)
+    monkeypatch.setattr(checkpoint, "write_atomically", killed_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        first.authorise(0, 4)
+    monkeypatch.undo()
+    first.close()
+    again = Checkpointer(tmp_path, CONFIG)
+    assert again.progress.charged_steps == 4
+    again.close()
 
 
 def test_neither_file_alone_can_be_taken_away_and_older_runs_have_one(tmp_path):
